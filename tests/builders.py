@@ -1,0 +1,65 @@
+"""Tiny builders that tests share: a deterministic byte-level language and a synchronous driver for the search."""
+from __future__ import annotations
+
+import hashlib
+import random
+from typing import Callable, Sequence
+
+from treepo_swift.config import TreeConfig
+from treepo_swift.search import Limits, Segment, SegmentRequest, TreeSearch
+from treepo_swift.tree import StopReason, response_ids, response_text
+from treepo_swift.policies.stopping import check_text
+
+EOS = 0
+"""Every other id is the byte of one character."""
+
+
+def sample(context: Sequence[int], max_tokens: int, seed: int, *, eos_every: int = 40) -> Segment:
+    """A hash of context and seed speaks: letters, sometimes EOS, sometimes the whole of an answer."""
+    ids: list[int] = []
+    while len(ids) < max_tokens:
+        digest = hashlib.blake2b(bytes(f'{list(context)}{ids}{seed}', 'ascii'), digest_size=4).digest()
+        number = int.from_bytes(digest, 'big')
+        if number % eos_every == 0:
+            ids.append(EOS)
+            return Segment(ids, [-1.0] * len(ids), StopReason.EOS, decode(ids))
+        if number % (2 * eos_every) == 1:
+            ids += list(b'\\boxed{7}')[:max_tokens - len(ids)]
+        else:
+            ids.append(97 + number % 26)
+    return Segment(ids, [-1.0] * len(ids), None, decode(ids))
+
+
+def decode(ids: Sequence[int]) -> str:
+    return bytes(i for i in ids if i != EOS).decode('utf-8', errors='replace')
+
+
+def make_search(config: TreeConfig, width: int, *, prompt_ids: list[int] | None = None, max_response: int = 10**6,
+                max_context: int = 10**6, seed: int = 0) -> TreeSearch:
+    return TreeSearch(config, tree_id='t', prompt_ids=[65, 66] if prompt_ids is None else prompt_ids, width=width,
+                      limits=Limits(max_response, max_context), rng=random.Random(seed))
+
+
+def grow(search: TreeSearch, *, answer: Callable[[SegmentRequest], Segment | str] | None = None,
+         order: random.Random | None = None,
+         watch: Callable[[SegmentRequest, Segment], None] | None = None) -> TreeSearch:
+    """Drive a search to its end; `answer` returns a segment, or a string to fail the request with."""
+
+    def default(request: SegmentRequest) -> Segment:
+        return sample(search.tree.prompt_ids + response_ids(request.prefix), request.max_tokens, request.seed)
+
+    waiting = search.start()
+    steps = 0
+    while waiting:
+        steps += 1
+        assert steps < 100_000, 'the search does not end'
+        request = waiting.pop(order.randrange(len(waiting)) if order else 0)
+        segment = (answer or default)(request)
+        if isinstance(segment, str):
+            waiting += search.fail(request.id, segment)
+            continue
+        if watch:
+            watch(request, segment)
+        path = search.extend(request.id, segment)
+        waiting += search.settle(request.id, check_text(response_text(path.leaf), search.config))
+    return search

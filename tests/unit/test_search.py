@@ -1,0 +1,211 @@
+"""Laws of the tree search, over random configurations, widths and engine outputs."""
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.builders import EOS, grow, make_search, sample
+from treepo_swift.config import TreeConfig
+from treepo_swift.search import Segment
+from treepo_swift.tree import Node, StopReason, response_ids, response_logprobs
+
+configs = st.builds(
+    TreeConfig,
+    segment_length=st.integers(1, 12),
+    max_depth=st.integers(1, 6),
+    divergence=st.integers(1, 4),
+    root_divergence=st.one_of(st.integers(1, 9), st.tuples(st.integers(1, 3), st.integers(3, 9))),
+    stop_at_answer=st.booleans())
+widths = st.integers(1, 20)
+seeds = st.integers(0, 1000)
+
+
+def shape(search) -> list[tuple]:
+    return [(path.stop, tuple(response_ids(path.leaf)), tuple(n.id for n in path.leaf.lineage()))
+            for path in search.tree.trajectories]
+
+
+@given(configs, widths, seeds, st.integers(1, 60), st.integers(5, 80))
+@settings(max_examples=150, deadline=None)
+def test_a_tree_has_exactly_w_trajectories_within_all_limits(config, width, seed, max_response, max_context):
+    search = make_search(config, width, seed=seed, max_response=max_response, max_context=max_context)
+    grow(search, order=random.Random(seed))
+    assert search.done and len(search.tree.trajectories) == width
+    for path in search.tree.trajectories:
+        assert path.stop is not None and path.stop is not StopReason.FAILED
+        assert 1 <= path.leaf.length <= min(max_response, max_context - 2)
+        assert path.leaf.depth <= config.max_depth
+        assert path.leaf.length <= config.max_response_tokens
+
+
+@given(configs, widths, seeds)
+@settings(max_examples=100, deadline=None)
+def test_growing_paths_and_trajectories_are_never_more_than_w(config, width, seed):
+    search = make_search(config, width, seed=seed)
+
+    def watch(request, segment):
+        assert len(search._pending) + len(search._survivors) + len(search.tree.trajectories) <= width
+
+    grow(search, order=random.Random(seed), watch=watch)
+    assert not search._pending
+
+
+@given(configs, widths, seeds)
+@settings(max_examples=100, deadline=None)
+def test_engine_input_is_prompt_plus_nodes_and_every_token_sits_on_one_node(config, width, seed):
+    search = make_search(config, width, seed=seed)
+    asked: list[tuple[list[int], list[int]]] = []
+
+    def watch(request, segment):
+        asked.append((search.tree.prompt_ids + response_ids(request.prefix), segment.token_ids))
+
+    grow(search, watch=watch, order=random.Random(seed))
+    inputs = {tuple(context + ids) for context, ids in asked}
+    nodes: dict[int, Node] = {}
+    for path in search.tree.trajectories:
+        context = list(search.tree.prompt_ids)
+        for node in path.leaf.lineage():
+            context += node.token_ids
+            assert tuple(context) in inputs
+            assert nodes.setdefault(node.id, node) is node
+        assert len(response_logprobs(path.leaf)) == len(response_ids(path.leaf)) == path.leaf.length
+    sampled = sum(len(ids) for _, ids in asked)
+    assert search.tree.stats.decoded_tokens == sampled == sum(len(node.token_ids) for node in nodes.values())
+    assert search.tree.stats.trajectory_tokens == sum(path.leaf.length for path in search.tree.trajectories)
+    assert search.tree.stats.engine_requests == len(asked)
+
+
+@given(configs, widths, seeds)
+@settings(max_examples=60, deadline=None)
+def test_one_seed_one_tree(config, width, seed):
+    assert shape(grow(make_search(config, width, seed=seed))) == shape(grow(make_search(config, width, seed=seed)))
+
+
+@given(configs, widths, seeds)
+@settings(max_examples=60, deadline=None)
+def test_trajectories_share_exactly_the_tokens_of_their_shared_nodes(config, width, seed):
+    """Node identity is exact: what two trajectories share as nodes they share as tokens, with the same positions."""
+    search = grow(make_search(config, width, seed=seed))
+    lineages = [path.leaf.lineage() for path in search.tree.trajectories]
+    for a in lineages:
+        for b in lineages:
+            shared = 0
+            while shared < min(len(a), len(b)) and a[shared] is b[shared]:
+                shared += 1
+            assert all(x is not y for x in a[shared:] for y in b[shared:])
+
+
+def test_sibling_order_within_a_wave_changes_nothing_for_equal_answers():
+    """Where every path answers alike, the order in which answers arrive leaves the same set of trajectories."""
+    config = TreeConfig(segment_length=4, max_depth=3)
+
+    def answer(request):
+        return Segment([7] * request.max_tokens, [0.0] * request.max_tokens)
+
+    trees = [grow(make_search(config, 8), answer=answer, order=random.Random(s)) for s in range(5)]
+    sets = [sorted((p.leaf.depth, p.leaf.length, p.stop) for p in t.tree.trajectories) for t in trees]
+    assert all(s == sets[0] for s in sets)
+
+
+def test_the_papers_binary_tree_spends_its_forks_in_the_first_levels():
+    config = TreeConfig(segment_length=4, max_depth=5, root_divergence=2, divergence=2)
+    search = grow(make_search(config, 8), answer=lambda r: Segment([7] * r.max_tokens, [0.0] * r.max_tokens))
+    stats = search.tree.stats
+    # Levels of 2, 4, 8, 8 and 8 segments.
+    assert stats.engine_requests == 30 and stats.decoded_tokens == 120 and stats.trajectory_tokens == 160
+    assert stats.forks == 7 and stats.fallbacks == 0
+    assert {p.stop for p in search.tree.trajectories} == {StopReason.DEPTH_LIMIT}
+
+
+def test_budget_of_an_ended_path_moves_to_the_live_ones():
+    config = TreeConfig(segment_length=4, max_depth=2, root_divergence=2, divergence=2)
+
+    def answer(request):
+        ends = request.id == 1
+        return Segment([7], [0.0], StopReason.EOS) if ends else Segment([7] * 4, [0.0] * 4)
+
+    search = grow(make_search(config, 6), answer=answer)
+    # One live path, one ended: 2*1 + 2*1 = 4 branches from the live one; the sixth comes by fallback
+    # from the ended path, whose only boundary besides its end is the root: two segments.
+    assert search.tree.stats.engine_requests == 2 + 4 + 2
+    assert search.tree.stats.fallbacks == 1
+
+
+def test_fallback_starts_from_prefixes_of_answers_or_else_from_the_root():
+    config = TreeConfig(segment_length=4, max_depth=3, root_divergence=1, divergence=2)
+
+    def answer(request):
+        if request.prefix.depth == 2:
+            return Segment([EOS], [0.0], StopReason.EOS)
+        return Segment([7] * 4, [0.0] * 4)
+
+    search = grow(make_search(config, 12), answer=answer)
+    fallen = [p for p in search.tree.trajectories if p.fallback_from is not None]
+    assert fallen and all(0 <= p.fallback_from < 12 for p in fallen)
+
+    cut = grow(make_search(TreeConfig(segment_length=4, max_depth=1, root_divergence=1), 5),
+               answer=lambda r: Segment([7] * r.max_tokens, [0.0] * r.max_tokens))
+    assert [p.fallback_from for p in cut.tree.trajectories] == [None, -1, -1, -1, -1]
+
+
+def test_failed_segments_are_grown_again_from_healthy_siblings():
+    config = TreeConfig(segment_length=4, max_depth=3, root_divergence=4)
+    failures = iter(range(3))
+
+    def answer(request):
+        return 'engine is out' if next(failures, None) is not None else Segment([7] * 4, [0.0] * 4)
+
+    search = grow(make_search(config, 8), answer=answer)
+    assert search.tree.stats.failures == 3
+    assert all(path.stop is StopReason.DEPTH_LIMIT for path in search.tree.trajectories)
+
+
+def test_a_tree_that_only_fails_ends_in_placeholders_that_name_the_cause():
+    search = grow(make_search(TreeConfig(), 3), answer=lambda request: 'engine is out')
+    assert [p.stop for p in search.tree.trajectories] == [StopReason.FAILED] * 3
+    assert all('engine is out' in p.error and not p.leaf.lineage() for p in search.tree.trajectories)
+
+
+def test_an_overlong_prompt_asks_nothing_of_the_engine():
+    search = make_search(TreeConfig(), 2, prompt_ids=[1] * 10, max_context=10)
+    assert search.start() == [] and search.done
+    assert search.tree.stats.engine_requests == 0 and '10 tokens' in search.tree.trajectories[0].error
+
+
+def test_stop_reasons_have_a_fixed_precedence():
+    config = TreeConfig(segment_length=4, max_depth=1)
+    search = make_search(config, 1)
+    request, = search.start()
+    search.extend(request.id, Segment([1, EOS], [0.0, 0.0], StopReason.EOS))
+    assert search.stop_of(request.id, StopReason.ANSWER) is StopReason.ANSWER
+    assert search.stop_of(request.id, StopReason.HOOK) is StopReason.EOS
+    assert search.stop_of(request.id, None) is StopReason.EOS
+
+
+def test_limits_are_told_apart():
+    def stop(**kwargs):
+        search = make_search(TreeConfig(segment_length=4, max_depth=2), 1, **kwargs)
+        answer = (lambda r: Segment([7] * r.max_tokens, [0.0] * r.max_tokens))
+        return grow(search, answer=answer).tree.trajectories[0].stop
+
+    assert stop() is StopReason.DEPTH_LIMIT
+    assert stop(max_response=8) is StopReason.TOKEN_LIMIT
+    assert stop(max_response=5) is StopReason.TOKEN_LIMIT
+    assert stop(max_context=7) is StopReason.CONTEXT_LIMIT
+
+
+def test_request_seeds_differ_between_forks_of_one_prefix():
+    search = make_search(TreeConfig(root_divergence=6), 6)
+    assert len({request.seed for request in search.start()}) == 6
+
+
+def test_a_width_below_one_is_refused():
+    with pytest.raises(ValueError, match='width=0'):
+        make_search(TreeConfig(), 0)
+
+
+def test_samples_of_the_test_language_depend_on_context_and_seed():
+    assert sample([1], 20, 0) == sample([1], 20, 0) != sample([1], 20, 1)

@@ -1,0 +1,131 @@
+"""Nodes, paths and trees. A node holds only its own tokens; everything longer is derived from its parents."""
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+class StopReason(str, enum.Enum):
+    """Why a path ended. The values reach ``rollout_infos['tree']['stop']``."""
+
+    ANSWER = 'answer'
+    EOS = 'eos'
+    STOP_STRING = 'stop_string'
+    HOOK = 'hook'
+    REPETITION = 'repetition'
+    TOKEN_LIMIT = 'token_limit'
+    CONTEXT_LIMIT = 'context_limit'
+    DEPTH_LIMIT = 'depth_limit'
+    FAILED = 'failed'
+
+    @property
+    def finish_reason(self) -> str:
+        """swift's `finish_reason`: ``length`` where the response was cut before it had ended by itself.
+
+        A repeating path is one of them: left alone it would have run into the length limit, so
+        ``--overlong_filter`` and the truncation metrics treat it as they would without trees.
+        """
+        return 'length' if self in _CUT else 'stop'
+
+
+_CUT = {
+    StopReason.REPETITION, StopReason.TOKEN_LIMIT, StopReason.CONTEXT_LIMIT, StopReason.DEPTH_LIMIT, StopReason.FAILED
+}
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One segment. The root stands for the prompt and has no tokens of its own."""
+
+    id: int
+    parent: Node | None
+    token_ids: list[int]
+    """Sampled tokens of this segment only."""
+    logprobs: list[float]
+    """Log-probs of `token_ids` under the sampling distribution, same length."""
+    depth: int
+    """Segments from the root to here; 0 at the root."""
+    length: int
+    """Response tokens from the root to the end of this node."""
+    text: str = ''
+    """What `token_ids` add to the response's text (for stopping rules; the exact thing is the ids)."""
+
+    def lineage(self) -> list[Node]:
+        """The nodes from the first segment to this one, without the root."""
+        nodes = []
+        node: Node | None = self
+        while node is not None and node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+
+def response_ids(node: Node) -> list[int]:
+    """All response tokens from the root to the end of `node`."""
+    return [token for part in node.lineage() for token in part.token_ids]
+
+
+def response_logprobs(node: Node) -> list[float]:
+    return [logprob for part in node.lineage() for logprob in part.logprobs]
+
+
+def last_ids(node: Node, count: int) -> list[int]:
+    """The last `count` response tokens up to the end of `node`, fewer where there are fewer."""
+    tail: list[int] = []
+    current: Node | None = node
+    while current is not None and len(tail) < count:
+        tail = current.token_ids[len(tail) - count:] + tail
+        current = current.parent
+    return tail
+
+
+def response_text(node: Node) -> str:
+    return ''.join(part.text for part in node.lineage())
+
+
+@dataclass(slots=True, eq=False)
+class Path:
+    """A way from the root to a leaf that is still growing, or has become a trajectory (`stop` is set)."""
+
+    leaf: Node
+    stop: StopReason | None = None
+    """None while the path lives."""
+    fallback_from: int | None = None
+    """Index of the trajectory whose prefix a fallback branched from (-1: from the root), None without fallback."""
+    error: str | None = None
+    """What failed, where `stop` is FAILED."""
+
+
+@dataclass(slots=True)
+class TreeStats:
+    """What growing a tree took. Tokens are sampled tokens; prompts are not counted."""
+
+    decoded_tokens: int = 0
+    trajectory_tokens: int = 0
+    """Sum of the trajectories' lengths: what independent sampling would have decoded for the same answers."""
+    engine_requests: int = 0
+    forks: int = 0
+    """Branches beyond the first at a boundary, root included."""
+    fallbacks: int = 0
+    """Branches that were started by fallback."""
+    failures: int = 0
+
+
+@dataclass(slots=True)
+class Tree:
+    """All nodes and finished paths that grew from one prompt."""
+
+    id: str
+    prompt_ids: list[int]
+    root: Node = field(default_factory=lambda: Node(0, None, [], [], 0, 0))
+    trajectories: list[Path] = field(default_factory=list)
+    stats: TreeStats = field(default_factory=TreeStats)
+    num_nodes: int = 1
+
+    def add_node(self, parent: Node, token_ids: list[int], logprobs: list[float], text: str = '') -> Node:
+        """Append a segment below `parent`. Ids count up from the root's 0."""
+        if len(token_ids) != len(logprobs):
+            raise ValueError(f'{len(token_ids)} tokens with {len(logprobs)} log-probs below node {parent.id}.')
+        node = Node(self.num_nodes, parent, token_ids, logprobs, parent.depth + 1, parent.length + len(token_ids), text)
+        self.num_nodes += 1
+        return node
