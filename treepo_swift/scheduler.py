@@ -32,6 +32,9 @@ logger = get_logger()
 TAIL_TOKENS = 8
 """Tokens decoded again before a segment, so that characters that span segments come out whole."""
 
+SWIFT_PLACEHOLDER = [{'role': 'user', 'content': '<placeholder>'}]
+"""What swift sends to a server that has no requests this time, to ignore the answer."""
+
 
 class RolloutError(RuntimeError):
     """A rollout that can not be delivered; the message says why and what to do."""
@@ -142,7 +145,8 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         with self._timed():
             # A batch has one trainer, hence one config: the trainer's, if it sent one.
             self.config = notes[0].tree_config(self._default)
-            self._check_config(self.config)
+            if notes[0].mode == 'tree':
+                self._check_config(self.config)
             groups = self._group(requests, notes)
         await self._engine.begin_batch(request_config)
         groves = await asyncio.gather(*(self._plant(group, requests, notes, request_config) for group in groups))
@@ -167,6 +171,8 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         values = request.data_dict.pop(REQUEST_KEY, None)
         if values is not None:
             return RequestNote.from_dict(values)
+        if request.messages == SWIFT_PLACEHOLDER:
+            return RequestNote(mode='independent')
         if self._default.require_trainer:
             raise RolloutError(
                 'This rollout server grows trees, but the request was not sent by TreeGRPOTrainer: the trainer runs '

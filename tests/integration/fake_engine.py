@@ -1,0 +1,68 @@
+"""A `SegmentEngine` without a model: bytes are tokens, a hash speaks, faults come when asked for."""
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Callable, Sequence
+
+from tests.builders import EOS, decode, sample
+from treepo_swift.engine import EngineInfo, Prompt
+from treepo_swift.search import Segment
+
+
+class FakeTokenizer:
+    """What swift's scheduler base class asks of a tokenizer."""
+
+    eos_token_id = EOS
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return list(text.encode())
+
+
+class FakeEngine:
+    """Deterministic in the context (and the request's seed, where one is given)."""
+
+    def __init__(self, *, max_model_len: int = 4096, block_size: int = 16,
+                 speak: Callable[[list[int], int, int], Segment] | None = None,
+                 fails: Callable[[int], bool] = lambda call: False) -> None:
+        self.info = EngineInfo('fake', max_model_len, block_size)
+        self.stop_strings: list[str] = []
+        self.speak = speak or sample
+        self.fails = fails
+        self.inputs: list[list[int]] = []
+        self.running = 0
+        self.peak = 0
+        self.calls = 0
+
+    async def encode(self, request: Any) -> Prompt:
+        text = ''.join(message['content'] for message in request.messages)
+        if 'unencodable' in text:
+            raise ValueError('no such image')
+        return Prompt(list(text.encode()), {})
+
+    async def begin_batch(self, request_config: Any) -> None:
+        self.stop_strings = list(request_config.stop or [])
+
+    async def generate(self, prompt: Prompt, response_ids: Sequence[int], *, max_tokens: int,
+                       seed: int | None) -> Segment:
+        self.calls += 1
+        call = self.calls
+        context = prompt.token_ids + list(response_ids)
+        self.inputs.append(context)
+        self.running += 1
+        self.peak = max(self.peak, self.running)
+        try:
+            await asyncio.sleep(0.001 * (call % 3))
+            if self.fails(call):
+                raise RuntimeError('CUDA error')
+            return self.speak(context, max_tokens, call if seed is None else seed)
+        finally:
+            self.running -= 1
+
+    async def score(self, token_ids: list[int]) -> list[float]:
+        return [-float(token) for token in token_ids[1:]]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return decode(token_ids)
+
+    def completion(self, prompt: Prompt, response_ids: list[int]) -> str:
+        return decode(response_ids)

@@ -1,0 +1,401 @@
+"""The scheduler with swift's real request and output objects, over an engine that needs no model."""
+from __future__ import annotations
+
+import asyncio
+import json
+import pickle
+import random
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip('swift')
+
+from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest, RolloutOutput  # noqa: E402
+
+from tests.builders import EOS, decode  # noqa: E402
+from tests.integration.fake_engine import FakeEngine, FakeTokenizer  # noqa: E402
+from treepo_swift.config import ConfigError, TreeConfig  # noqa: E402
+from treepo_swift.engine import EngineError  # noqa: E402
+from treepo_swift.scheduler import RolloutError, RolloutFailure, TreeRolloutScheduler  # noqa: E402
+from treepo_swift.search import Segment  # noqa: E402
+from treepo_swift.transport import RequestNote  # noqa: E402
+from treepo_swift.tree import StopReason  # noqa: E402
+
+CONFIG = TreeConfig(segment_length=16, max_depth=4)
+
+
+def scheduler(engine: FakeEngine | None = None, cls: type = TreeRolloutScheduler) -> TreeRolloutScheduler:
+    return cls(segment_engine=engine or FakeEngine(), tokenizer=FakeTokenizer())
+
+
+def requests(*prompts: str, config: TreeConfig = CONFIG, num_generations: int | None = None,
+             mode: str = 'tree') -> list[RolloutInferRequest]:
+    note = RequestNote(mode=mode, config=config.to_dict(), num_generations=num_generations).to_dict()
+    return [RolloutInferRequest(messages=[{'role': 'user', 'content': prompt}], uuid=f'request-{index}',
+                                data_dict={'treepo': note}) for index, prompt in enumerate(prompts)]
+
+
+def rollout(batch: list[RolloutInferRequest], target: TreeRolloutScheduler | None = None,
+            **config) -> list[RolloutOutput]:
+    request_config = RequestConfig(max_tokens=64, return_details=True, logprobs=True, **config)
+    return asyncio.run((target or scheduler()).rollout(batch, request_config, use_tqdm=False))
+
+
+def tree_of(output: RolloutOutput) -> dict:
+    return output.rollout_infos['tree']
+
+
+def test_every_request_gets_its_own_output_in_order():
+    batch = requests('a', 'b', 'a', 'b', 'a', 'a')
+    outputs = rollout(batch)
+    assert [o.response.id for o in outputs] == [r.uuid for r in batch]
+    assert [o.messages[0]['content'] for o in outputs] == ['a', 'b', 'a', 'b', 'a', 'a']
+    ids = [tree_of(o)['id'] for o in outputs]
+    assert ids[0] == ids[2] == ids[4] == ids[5] != ids[1] == ids[3]
+
+
+def test_tokens_mask_and_logprobs_are_those_sampled():
+    engine = FakeEngine()
+    for output in rollout(requests(*['prompt'] * 8), scheduler(engine)):
+        ids, = output.response_token_ids
+        assert output.response_loss_mask == [[1] * len(ids)]
+        assert output.rollout_logprobs == [[-1.0] * len(ids)]
+        assert output.messages[-1] == {'role': 'assistant', 'content': decode(ids)}
+        report = tree_of(output)
+        assert sum(report['tokens']) == len(ids) and len(report['nodes']) == len(report['tokens']) == report['depth']
+        # Every prefix at a segment boundary was an engine input, ids unchanged.
+        position = 0
+        for tokens in report['tokens']:
+            assert list(b'prompt') + ids[:position] in engine.inputs
+            position += tokens
+
+
+def test_shared_nodes_mean_shared_tokens():
+    outputs = rollout(requests(*['prompt'] * 8))
+    for a in outputs:
+        for b in outputs:
+            shared = 0
+            for x, y, count in zip(tree_of(a)['nodes'], tree_of(b)['nodes'], tree_of(a)['tokens']):
+                if x != y:
+                    break
+                shared += count
+            assert a.response_token_ids[0][:shared] == b.response_token_ids[0][:shared]
+
+
+def test_a_prompt_that_occurs_twice_makes_two_trees_of_num_generations():
+    outputs = rollout(requests(*['same'] * 8, num_generations=4))
+    ids = [tree_of(o)['id'] for o in outputs]
+    assert ids[:4] == [ids[0]] * 4 and ids[4:] == [ids[4]] * 4 and ids[0] != ids[4]
+    assert [o.response_token_ids for o in outputs[:4]] != [o.response_token_ids for o in outputs[4:]]
+
+
+def test_a_group_of_one_and_evaluation_are_plain_sampling():
+    engine = FakeEngine(speak=lambda context, max_tokens, seed: Segment([97] * max_tokens, [-1.0] * max_tokens))
+    outputs = rollout(requests('a', 'b', 'b', mode='independent'), scheduler(engine))
+    assert len(engine.inputs) == 3 and all('tree' not in o.rollout_infos for o in outputs)
+    assert [len(o.response_token_ids[0]) for o in outputs] == [64] * 3
+    single, = rollout(requests('a'), scheduler(engine))
+    assert len(single.response_token_ids[0]) == 64 and tree_of(single)['depth'] == 1
+
+
+def test_one_seed_one_batch_and_request_order_only_permutes():
+    batch = requests(*'aabbaabb')
+    first, again = rollout(batch, seed=7), rollout(batch, seed=7)
+    assert [o.response_token_ids for o in first] == [o.response_token_ids for o in again]
+    order = list(range(8))
+    random.Random(1).shuffle(order)
+    permuted = rollout([batch[i] for i in order], seed=7)
+
+    def answers(outputs):
+        return sorted((o.messages[0]['content'], o.response_token_ids[0]) for o in outputs)
+
+    assert answers(permuted) == answers(first)
+
+
+def test_data_of_the_dataset_keeps_groups_apart_and_reaches_nobody_else():
+    batch = requests('a', 'a', 'a', 'a')
+    for index, request in enumerate(batch):
+        request.data_dict['solution'] = str(index % 2)
+    ids = [tree_of(o)['id'] for o in rollout(batch)]
+    assert ids[0] == ids[2] != ids[1] == ids[3]
+
+
+@given(st.text(max_size=12), st.integers(1, 5))
+@settings(max_examples=30, deadline=None)
+def test_stop_strings_that_span_segments_cut_the_path_where_plain_sampling_would(word, length):
+    """The fake engine spells `text`; it looks for no stop strings itself, as vLLM does not across requests."""
+    text = ('x' * 7 + 'STOP' + 'y' * 20).encode()
+
+    def spell(context, max_tokens, seed):
+        begin = len(context) - len(b'prompt')
+        ids = list(text[begin:begin + max_tokens])
+        inside = decode(ids).find('STOP')
+        if inside >= 0:  # what vLLM would see within one request
+            return Segment(ids[:inside + 4], [-1.0] * (inside + 4), StopReason.STOP_STRING)
+        return Segment(ids, [-1.0] * len(ids))
+
+    config = TreeConfig(segment_length=length, max_depth=30)
+    outputs = rollout(requests('prompt', 'prompt', config=config), scheduler(FakeEngine(speak=spell)), stop=['STOP'])
+    assert [decode(o.response_token_ids[0]) for o in outputs] == ['x' * 7 + 'STOP'] * 2
+    assert {tree_of(o)['stop'] for o in outputs} == {'stop_string'}
+
+
+def test_an_answer_that_spans_two_segments_stops_the_path():
+    text = b'so it is \\boxed{12345} and so on and on and on'
+
+    def spell(context, max_tokens, seed):
+        begin = len(context) - len(b'prompt')
+        ids = list(text[begin:begin + max_tokens])
+        return Segment(ids, [-1.0] * len(ids))
+
+    outputs = rollout(requests('prompt', 'prompt', config=TreeConfig(segment_length=16, max_depth=3)),
+                      scheduler(FakeEngine(speak=spell)))
+    assert [tree_of(o)['stop'] for o in outputs] == ['answer'] * 2
+    assert all(len(o.response_token_ids[0]) == 32 and o.response.choices[0].finish_reason == 'stop' for o in outputs)
+
+
+def test_multibyte_characters_across_segments_come_out_whole():
+    text = ('é漢🙂' * 7).encode()
+    seen = []
+
+    class Watch(TreeRolloutScheduler):
+
+        def check_segment(self, path, text):
+            seen.append(text)
+
+    def spell(context, max_tokens, seed):
+        begin = len(context) - len(b'prompt')
+        ids = list(text[begin:begin + max_tokens])
+        return Segment(ids, [-1.0] * len(ids), None if ids and begin + max_tokens < len(text) else StopReason.EOS)
+
+    rollout(requests('prompt', 'prompt', config=TreeConfig(segment_length=5, max_depth=40)),
+            scheduler(FakeEngine(speak=spell), Watch))
+    assert max(seen, key=len) == text.decode()
+    assert all('\ufffd' not in t and text.decode().startswith(t) for t in seen)
+
+
+# Faults.
+
+
+def test_engine_errors_are_retried_and_then_grown_around():
+    outputs = rollout(requests(*['a'] * 8), scheduler(FakeEngine(fails=lambda call: call % 2 == 1)))
+    assert all(tree_of(o)['stop'] != 'failed' for o in outputs)
+
+
+def test_an_engine_that_is_gone_is_one_clear_error():
+    with pytest.raises(RolloutError, match='4 of 4 trajectories failed.*\n.*CUDA error'):
+        rollout(requests(*['a'] * 4), scheduler(FakeEngine(fails=lambda call: True)))
+
+
+def test_one_bad_prompt_becomes_masked_placeholders_and_leaves_the_others_alone():
+    outputs = rollout(requests('unencodable', 'unencodable', *['a'] * 4))
+    for output in outputs[:2]:
+        assert tree_of(output)['stop'] == 'failed' and 'no such image' in tree_of(output)['error']
+        assert output.response_loss_mask == [[0]] and output.rollout_logprobs == [[]]
+        assert output.response_token_ids == [[EOS]]
+    assert all(tree_of(o)['stop'] != 'failed' for o in outputs[2:])
+
+
+def test_a_prompt_without_room_for_an_answer_becomes_placeholders():
+    outputs = rollout(requests('x' * 100, 'x' * 100, *['a'] * 4),
+                      scheduler(FakeEngine(max_model_len=100)))
+    assert [tree_of(o)['stop'] == 'failed' for o in outputs] == [True, True, False, False, False, False]
+
+
+class Raises(TreeRolloutScheduler):
+
+    def check_segment(self, path, text):
+        raise KeyError('board')
+
+
+class Exits(TreeRolloutScheduler):
+
+    def check_segment(self, path, text):
+        raise SystemExit(1)
+
+
+class CancelsItself(TreeRolloutScheduler):
+
+    async def check_segment(self, path, text):
+        raise asyncio.CancelledError
+
+
+class ReturnsRubbish(TreeRolloutScheduler):
+
+    def check_segment(self, path, text):
+        return 'stop'
+
+
+class Hangs(TreeRolloutScheduler):
+
+    def check_segment(self, path, text):
+        time.sleep(1)
+
+
+@pytest.mark.parametrize('cls, cause', [
+    (Raises, "Raises.check_segment on node .* of tree .* raised KeyError: 'board'"),
+    (Exits, 'Exits.check_segment .*SystemExit'),
+    (CancelsItself, 'CancelsItself.check_segment .* raised CancelledError'),
+    (ReturnsRubbish, "ReturnsRubbish.check_segment .* returned 'stop', allowed are a StopReason or None"),
+    (Hangs, 'Hangs.check_segment .* took more than hook_timeout=0.05 s'),
+])
+def test_bad_hooks_are_named(cls, cause):
+    config = TreeConfig(segment_length=16, max_depth=4, hook_timeout=0.05)
+    with pytest.raises(RolloutError, match=cause):
+        rollout(requests('a', 'a', config=config), scheduler(cls=cls))
+
+
+def test_hooks_may_be_sync_or_async_and_stop_paths():
+
+    class Sync(TreeRolloutScheduler):
+
+        def check_segment(self, path, text):
+            assert threading.current_thread().name.startswith('treepo-hook')
+            return StopReason.HOOK if path.leaf.depth == 2 else None
+
+    class Async(TreeRolloutScheduler):
+
+        async def check_segment(self, path, text):
+            await asyncio.sleep(0)
+            return StopReason.HOOK if path.leaf.depth == 2 else None
+
+    quiet = FakeEngine(speak=lambda context, max_tokens, seed: Segment([97] * max_tokens, [-1.0] * max_tokens))
+    for cls in (Sync, Async):
+        outputs = rollout(requests(*['a'] * 4), scheduler(quiet, cls))
+        assert {(tree_of(o)['stop'], tree_of(o)['depth']) for o in outputs} == {('hook', 2)}
+
+
+def test_check_finished_sees_the_whole_turn_with_swifts_signature():
+    seen = []
+
+    class Watch(TreeRolloutScheduler):
+
+        def check_finished(self, infer_request, response_choice, current_turn):
+            seen.append((infer_request.messages[-1]['content'], response_choice.message.content,
+                         response_choice.finish_reason, current_turn, len(response_choice.token_ids)))
+            return True
+
+    outputs = rollout(requests(*['a'] * 4), scheduler(cls=Watch))
+    assert sorted(s[0] for s in seen) == sorted(o.messages[-1]['content'] for o in outputs)
+    assert all(a == b and reason in ('stop', 'length') and turn == 1 for a, b, reason, turn, _ in seen)
+
+
+def test_multi_turn_subclasses_are_refused_at_once():
+
+    class MultiTurn(TreeRolloutScheduler):
+
+        def step(self, infer_request, response_choice, current_turn):
+            return {}
+
+    with pytest.raises(NotImplementedError, match='MultiTurn.step: TreeRolloutScheduler is single-turn'):
+        scheduler(cls=MultiTurn)
+
+
+def test_when_a_rollout_ends_nothing_of_it_is_alive():
+    engine = FakeEngine()
+
+    async def cancelled() -> int:
+        target = scheduler(engine)
+        task = asyncio.ensure_future(target.rollout(requests(*['a'] * 8), RequestConfig(max_tokens=64), use_tqdm=False))
+        while engine.running == 0:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return len(asyncio.all_tasks())
+
+    assert asyncio.run(cancelled()) == 1 and engine.running == 0
+
+
+# What the trainer and the server tell each other.
+
+
+def test_a_trainer_without_the_plugin_is_told_so():
+    batch = [RolloutInferRequest(messages=[{'role': 'user', 'content': 'a'}])] * 2
+    failure = asyncio.run(scheduler().async_infer(batch, RequestConfig(max_tokens=8)))
+    failure = pickle.loads(pickle.dumps(failure))  # it crosses swift's pipe
+    assert isinstance(failure, RolloutFailure)
+    from fastapi import HTTPException
+    with pytest.raises(HTTPException) as caught:
+        list(failure)
+    assert caught.value.status_code == 500 and '--external_plugins' in caught.value.detail
+
+
+def test_the_plain_trainer_may_be_allowed(monkeypatch):
+    monkeypatch.setenv('TREEPO_REQUIRE_TRAINER', 'false')
+    monkeypatch.setenv('TREEPO_SEGMENT_LENGTH', '16')
+    batch = [RolloutInferRequest(messages=[{'role': 'user', 'content': 'a'}]) for _ in range(3)]
+    assert len({tree_of(o)['id'] for o in rollout(batch)}) == 1
+
+
+def test_another_protocol_version_is_refused():
+    batch = requests('a')
+    batch[0].data_dict['treepo']['protocol'] = 99
+    with pytest.raises(ValueError, match='protocol 99, this server 1'):
+        rollout(batch)
+
+
+def test_the_trainers_config_wins_and_is_checked_against_the_engine():
+    with pytest.raises(ConfigError, match='16 x 512 = 8192 tokens is over --vllm_max_model_len = 4096'):
+        rollout(requests('a', 'a', config=TreeConfig(segment_length=512, max_depth=16)))
+
+
+def test_segments_that_do_not_fit_the_kv_block_are_warned_of(monkeypatch):
+    messages = []
+    monkeypatch.setattr('treepo_swift.scheduler.logger.warning', messages.append)
+    rollout(requests('a', 'a', config=TreeConfig(segment_length=24, max_depth=2)))
+    rollout(requests('a', 'a'))
+    assert len(messages) == 1 and 'segment_length=24 is not a multiple' in messages[0]
+
+
+def test_a_group_split_between_servers_is_warned_of_once(monkeypatch):
+    messages = []
+    monkeypatch.setattr('treepo_swift.scheduler.logger.warning', messages.append)
+    outputs = rollout(requests('a', 'a', 'b', num_generations=4))
+    assert len(outputs) == 3 and len(messages) == 1 and 'split between servers' in messages[0]
+
+
+@pytest.mark.parametrize('option, message', [
+    ({'n': 2}, 'n=2'), ({'presence_penalty': .5}, 'presence_penalty=0.5'),
+    ({'structured_outputs_regex': 'a+'}, 'structured_outputs_regex'),
+])
+def test_sampling_options_that_segments_can_not_keep_are_refused(option, message):
+    with pytest.raises(ValueError, match=message):
+        rollout(requests('a', 'a'), **option)
+
+
+def test_probes_are_answered_with_engine_and_scores():
+    note = RequestNote(mode='probe', token_ids=[5, 6, 7]).to_dict()
+    output, = rollout([RolloutInferRequest(messages=[{'role': 'user', 'content': 'x'}], data_dict={'treepo': note})])
+    assert output.rollout_infos['treepo']['logprobs'] == [-6.0, -7.0]
+    assert output.rollout_infos['treepo']['engine']['max_model_len'] == 4096
+
+
+def test_swifts_own_placeholder_request_is_served_quietly():
+    output, = rollout([RolloutInferRequest(messages=[{'role': 'user', 'content': '<placeholder>'}])])
+    assert 'tree' not in output.rollout_infos
+
+
+def test_reports_are_small_and_json():
+    config = TreeConfig(segment_length=16, max_depth=14, stop_at_repetition=False)
+    quiet = FakeEngine(speak=lambda context, max_tokens, seed: Segment([97] * max_tokens, [-1.0] * max_tokens))
+    outputs = asyncio.run(scheduler(quiet).rollout(
+        requests(*['a'] * 16, config=config), RequestConfig(max_tokens=224), use_tqdm=False))
+    sizes = [len(json.dumps(tree_of(o))) for o in outputs]
+    assert max(sizes) < 800 and all(tree_of(o)['depth'] == 14 for o in outputs)
+
+
+def test_typos_raise_instead_of_reading_none():
+    with pytest.raises(AttributeError, match='no attribute .*max_tree_width'):
+        scheduler().max_tree_width
+
+
+def test_engine_errors_count_as_node_failures_in_the_stats():
+    outputs = rollout(requests(*['a'] * 4, config=TreeConfig(segment_length=16, max_depth=4, max_retries=0)),
+                      scheduler(FakeEngine(fails=lambda call: call == 1)))
+    assert sum(tree_of(o).get('stats', {}).get('failures', 0) for o in outputs) == 1
+    assert issubclass(EngineError, RuntimeError)

@@ -1,0 +1,80 @@
+"""What the package promises as a whole: light imports, clear version errors, no stray files."""
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from treepo_swift import versions
+from treepo_swift.grouping import group_requests
+from treepo_swift.metrics import tree_metrics
+from treepo_swift.transport import RequestNote
+from treepo_swift.weight_sync import WeightSyncError, WeightSyncProof
+
+
+@pytest.mark.parametrize('module', ['treepo_swift', 'treepo_swift.search', 'treepo_swift.advantage',
+                                    'treepo_swift.config', 'treepo_swift.policies.stopping', 'treepo_swift.cli.main'])
+def test_the_core_imports_no_torch_vllm_or_swift(module):
+    code = f'import sys, {module}; print([m for m in ("torch", "vllm", "swift", "transformers") if m in sys.modules])'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n'
+
+
+def test_missing_and_untested_versions_are_named(monkeypatch):
+    monkeypatch.setattr(versions, 'installed_version', lambda package: None)
+    with pytest.raises(versions.UnsupportedVersion, match='needs vllm.*not installed.*pip install'):
+        versions.check('vllm')
+    monkeypatch.setattr(versions, 'installed_version', lambda package: '4.0.0')
+    with pytest.raises(versions.UnsupportedVersion, match='tested with ms-swift.*but 4.0.0 is installed'):
+        versions.check('ms-swift')
+    monkeypatch.setattr(versions, 'installed_version', lambda package: '0.32.0+cpu')
+    versions.check('vllm')
+
+
+def test_groups_keep_order_and_split_at_num_generations():
+    groups = group_requests(['a', 'b', 'a', 'a', 'b', 'a'], [2] * 6)
+    assert [(g.key, g.copy, g.members) for g in groups] == [
+        ('a', 0, (0, 2)), ('a', 1, (3, 5)), ('b', 0, (1, 4))]
+    assert [g.members for g in group_requests(['a', 'b', 'a'], [None] * 3)] == [(0, 2), (1, )]
+
+
+def test_request_notes_survive_the_wire():
+    note = RequestNote(config={'seed': 1}, num_generations=8, step=3)
+    assert RequestNote.from_dict(note.to_dict()) == note
+    with pytest.raises(ValueError, match="mode='forest'"):
+        RequestNote.from_dict(RequestNote(mode='forest').to_dict())
+
+
+def test_weight_sync_is_proven_only_once_the_policy_has_moved():
+    proof = WeightSyncProof('torch.float32')
+    proof.check([-1.0, -2.0], [-1.0, -2.0], where='s')
+    assert not proof.proven
+    proof.check([-1.001, -2.001], [-1.0, -2.0], where='s')
+    assert not proof.proven
+    proof.check([-1.1, -2.1], [-1.1, -2.1], where='s')
+    assert proof.proven and proof.drift == pytest.approx(.1)
+
+
+@pytest.mark.parametrize('server', [[-1.0, -2.0], [float('nan'), -2.1], [-1.1]])
+def test_a_server_that_stays_behind_stops_the_run(server):
+    proof = WeightSyncProof('torch.float32')
+    proof.check([-1.0, -2.0], [-1.0, -2.0], where='s')
+    with pytest.raises(WeightSyncError, match='http://x, step 1'):
+        proof.check([-1.1, -2.1], server, where='http://x, step 1')
+
+
+def test_metrics_of_a_batch():
+    stats = {'decoded_tokens': 60, 'trajectory_tokens': 100, 'engine_requests': 7, 'forks': 3, 'fallbacks': 1,
+             'failures': 0}
+    reports = [
+        {'id': 't', 'nodes': [1, 2], 'depth': 2, 'stop': 'answer', 'stats': stats,
+         'batch': {'seconds': 2.0, 'scheduler_cpu_seconds': .1}},
+        {'id': 't', 'nodes': [1, 3], 'depth': 2, 'stop': 'eos'},
+        {'id': 't', 'nodes': [4], 'depth': 1, 'stop': 'depth_limit'},
+        {'id': 't', 'nodes': [], 'depth': 0, 'stop': 'failed'},
+    ]
+    metrics = tree_metrics(reports, [1.0, 1.0, 0.0, 0.0])
+    assert metrics['tree/saved_tokens'] == 40 and metrics['tree/saved_fraction'] == pytest.approx(.4)
+    assert metrics['tree/stop/answer'] == .25 and metrics['tree/depth'] == 1.25
+    assert metrics['tree/flat_trees'] == 0 and metrics['tree/flat_subgroups'] == 1
+    assert metrics['tree/scheduler_cpu_share'] == pytest.approx(.05)

@@ -1,0 +1,23 @@
+"""Check the tree config of this shell (TREEPO_CONFIG, TREEPO_* variables) and print it resolved."""
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ..config import ConfigError, TreeConfig, reference
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--reference', action='store_true', help='print the documentation of every key instead')
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.reference:
+        print(reference(), end='')
+        return 0
+    try:
+        print(TreeConfig.load().to_yaml(), end='')
+    except ConfigError as e:
+        print(f'treepo-swift: {e}', file=sys.stderr)
+        return 1
+    return 0

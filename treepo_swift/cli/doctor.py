@@ -1,0 +1,65 @@
+"""Say whether this environment can grow and train on trees, and what to mend."""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from typing import Callable
+
+from .. import versions
+from ..config import TreeConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def run(args: argparse.Namespace) -> int:
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ('python', lambda: sys.version.split()[0]),
+        ('ms-swift', lambda: _tested('ms-swift')),
+        ('vllm', lambda: _tested('vllm')),
+        ('accelerator', _accelerator),
+        ('torchvision', _no_foreign_torchvision),
+        ('plugin', _plugin),
+        ('tree config', lambda: f'{TreeConfig.load().max_response_tokens} tokens at most on a path'),
+    ]
+    healthy = True
+    for name, check in checks:
+        try:
+            print(f'ok    {name:12} {check()}')
+        except Exception as e:
+            healthy = False
+            print(f'FAIL  {name:12} {type(e).__name__}: {e}')
+    return 0 if healthy else 1
+
+
+def _tested(package: str) -> str:
+    versions.check(package)
+    return str(versions.installed_version(package))
+
+
+def _accelerator() -> str:
+    from ..cpu import is_cpu_only
+    if is_cpu_only():
+        return 'none: treepo_swift.cpu lets the whole loop run on the CPU'
+    import torch
+    return f'{torch.accelerator.device_count()} x {torch.accelerator.current_accelerator()}'
+
+
+def _no_foreign_torchvision() -> str:
+    from ..cpu import is_cpu_only
+    if not is_cpu_only() or importlib.util.find_spec('torchvision') is None:
+        return 'fine'
+    try:
+        import torchvision  # noqa: F401
+    except Exception as e:
+        raise RuntimeError(f'does not load ({e}) and breaks transformers with it: `pip uninstall torchvision '
+                           'torchaudio torchcodec`') from None
+    return 'fine'
+
+
+def _plugin() -> str:
+    from ..plugin import SCHEDULER_NAMES, register
+    register()
+    return f'registers scheduler {" and ".join(SCHEDULER_NAMES)}, trainer for --rlhf_type grpo'

@@ -1,0 +1,24 @@
+"""``treepo-swift``: small commands around the plugin."""
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import config, doctor, plugin
+
+COMMANDS = {'doctor': doctor, 'plugin': plugin, 'config': config}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; its exit status is 0 where all is well."""
+    parser = argparse.ArgumentParser(prog='treepo-swift', description='Tree rollouts for GRPO with ms-swift.')
+    commands = parser.add_subparsers(dest='command', required=True)
+    for name, module in COMMANDS.items():
+        summary = module.__doc__.splitlines()[0]
+        module.add_arguments(commands.add_parser(name, help=summary, description=summary))
+    args = parser.parse_args(argv)
+    return COMMANDS[args.command].run(args)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
