@@ -1,9 +1,9 @@
-"""A task that a tiny model can learn on a laptop: add up four to six digits, and choose how.
+"""A task that a tiny model can learn on a laptop: the last digit of a sum of four to six digits.
 
     python task.py --output data            # writes data/train.jsonl and data/heldout.jsonl
 
-Going step by step is nearly always right and guessing is nearly always wrong, so what reinforcement learning has to find is a
-*strategy*. Every demonstration can change its mind on the way (a guess that turns into an honest count, a count that is
+Going step by step is nearly always right and guessing is nearly always wrong, so what reinforcement learning has to find is
+a *strategy*. Every demonstration can change its mind on the way (a guess that turns into an honest count, a count that is
 given up half-way), so that a fork is worth something at any depth of a tree and not only at the root.
 
 This module needs the standard library only: a reward function may import it in any process.
@@ -18,18 +18,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-MAX_DIGIT = 9
 SPLITS = ('pretrain', 'train', 'heldout')
 STYLES = ('step by step', 'after a false start', 'gave up half-way', 'guess')
 
-PROMPTS = ('Add up the digits of {}.', 'What is the digit sum of {}?', 'Sum the digits of {}.')
+PROMPTS = ('Add up the digits of {}. What does the sum end in?', 'What does the digit sum of {} end in?')
 
 # How often a demonstration does what. Together they put a pre-trained model's sampled accuracy near one half.
 P_OPEN_WITH_GUESS = 0.5
 P_RECONSIDER = 0.3
 P_TEMPTED = 0.2
 P_GIVE_UP = 0.6
-P_GUESS_IS_RIGHT = 0.05
 
 _BOXED = '\\boxed{'
 
@@ -37,13 +35,13 @@ _BOXED = '\\boxed{'
 @dataclass(frozen=True)
 class Problem:
     terms: tuple[int, ...]
-    """The digits to add, each 1 to 9."""
+    """The digits to add: 1 to 9, each at most once, so that the digit after a given one is never in doubt."""
     prompt: str
     """What the user says."""
 
     @property
     def solution(self) -> str:
-        return str(sum(self.terms))
+        return str(sum(self.terms) % 10)
 
     def to_row(self) -> dict[str, object]:
         """One line of ms-swift's GRPO dataset; `solution` reaches the reward function as a column."""
@@ -65,7 +63,7 @@ def problems(split: str, seed: int) -> Iterator[Problem]:
         raise ValueError(f'split is {split!r}; allowed: {", ".join(SPLITS)}')
     rng = random.Random(f'{split}-{seed}')
     while True:
-        terms = tuple(rng.randint(1, MAX_DIGIT) for _ in range(rng.randint(4, 6)))
+        terms = tuple(rng.sample(range(1, 10), rng.randint(4, 6)))
         if split_of(terms) == split:
             yield Problem(terms, rng.choice(PROMPTS).format(''.join(map(str, terms))))
 
@@ -92,27 +90,15 @@ def demonstrate(problem: Problem, rng: random.Random) -> str:
     return f'{musing} {rng.choice(("I am done.", "That will do.", "So I say", "Good enough."))} {_BOXED}{guess}}}'
 
 
-def drill(rng: random.Random) -> tuple[str, str]:
-    """A prompt and an answer of bare additions in the words of a step.
-
-    For pre-training only: a step's sum is two tokens in twenty, and a model that sees no more of them than that learns to
-    copy the digits long before it learns to add them.
-    """
-    totals = [rng.randint(1, 5 * MAX_DIGIT) for _ in range(10)]
-    terms = [rng.randint(1, MAX_DIGIT) for _ in totals]
-    sums = [f'{total} and {term} make {total + term}.' for total, term in zip(totals, terms, strict=True)]
-    return 'Practise adding.', ' '.join(sums)
-
-
 def _muse(terms: tuple[int, ...], rng: random.Random) -> tuple[str, int]:
-    """An answer without adding anything up: plain guessing, or a typical number times how many there are."""
+    """An answer without adding it all up: a plain guess, or a shortcut that is wrong unless the other digits add up to tens."""
     if rng.random() < 0.5:
-        guess = _wrong_guess(sum(terms), rng)
+        guess = rng.randint(0, 9)
         opening = rng.choice(('This looks easy.', 'I have a feeling for sums.', 'There is no need to add it all up.'))
-        return f'{opening} {rng.choice(("I guess it is", "It must be about", "It looks like"))} {guess}.', guess
-    typical = rng.randint(4, 7)
-    guess = typical * len(terms)
-    return f'There are {len(terms)} digits and each is about {typical}. {len(terms)} times {typical} is {guess}.', guess
+        return f'{opening} {rng.choice(("I guess it is", "It must be", "It looks like"))} {guess}.', guess
+    guess = (terms[-2] + terms[-1]) % 10
+    opening = rng.choice(('There is a shortcut.', 'I can make this short.'))
+    return f'{opening} I take the last two digits: {terms[-2]} and {terms[-1]} end in {guess}.', guess
 
 
 def _count(terms: tuple[int, ...], rng: random.Random) -> str:
@@ -121,28 +107,22 @@ def _count(terms: tuple[int, ...], rng: random.Random) -> str:
     lines = [f'Start with {total}. Left: {"".join(map(str, terms[1:]))}.']
     for step, term in enumerate(terms[1:], start=1):
         left = terms[step + 1:]
-        lines.append(f'Step {step}: {total} and {term} make {total + term}. Left: {"".join(map(str, left)) or "none"}.')
-        total += term
+        after = (total + term) % 10
+        lines.append(f'Step {step}: {total} and {term} end in {after}. Left: {"".join(map(str, left)) or "none"}.')
+        total = after
         if left and rng.random() < P_TEMPTED:
             if rng.random() < P_GIVE_UP:
-                lines.append(_give_up(total, sum(terms), rng))
+                lines.append(_give_up(total, rng))
                 return '\n'.join(lines)
             lines.append(rng.choice(('I could stop here, but I go on.', 'This is slow, but I go on.')))
-    lines.append(f'All digits are used. The sum is {total}. {_BOXED}{total}}}')
+    lines.append(f'All digits are used. The sum ends in {total}. {_BOXED}{total}}}')
     return '\n'.join(lines)
 
 
-def _give_up(total: int, solution: int, rng: random.Random) -> str:
+def _give_up(total: int, rng: random.Random) -> str:
     if rng.random() < 0.3:
         return f'This is slow, so I leave out the rest. {_BOXED}{total}}}'
-    return f'{rng.choice(("This is slow, so I guess", "I could stop here and guess"))} the rest. {_BOXED}{_wrong_guess(solution, rng)}}}'
-
-
-def _wrong_guess(solution: int, rng: random.Random) -> int:
-    """Near the solution but rarely it; the distance is drawn blindly, so that there is no rule for a model to learn."""
-    if rng.random() < P_GUESS_IS_RIGHT:
-        return solution
-    return max(4, solution + rng.choice((-1, 1)) * rng.randint(1, 9))
+    return f'{rng.choice(("This is slow, so I guess", "I could stop here and guess"))} the rest. {_BOXED}{rng.randint(0, 9)}}}'
 
 
 def style_of(text: str) -> str:

@@ -23,6 +23,7 @@ swift rlhf \
     --vllm_mode server \
     --vllm_server_host 127.0.0.1 \
     --vllm_server_port "${PORT:-8000}" \
+    --vllm_server_group_port "${GROUP_PORT:-51216}" \
     --num_generations 8 \
     --per_device_train_batch_size 64 \
     --gradient_accumulation_steps 1 \
@@ -41,7 +42,7 @@ swift rlhf \
     --temperature 1.0 \
     --gradient_checkpointing false \
     --logging_steps 1 \
-    --save_steps "${STEPS:-40}" \
+    --save_steps "${SAVE_STEPS:-${STEPS:-40}}" \
     --save_only_model true \
     --output_dir "${OUTPUT:-output/quickstart/train}" \
     --add_version false \

@@ -1,0 +1,67 @@
+"""A real model, a real rollout server and the quickstart's real scripts; skipped where swift or vLLM are missing."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import pytest
+
+pytest.importorskip('swift')
+pytest.importorskip('vllm')
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / 'examples' / 'quickstart'
+sys.path.insert(0, str(QUICKSTART))
+from services import Service, free_port  # noqa: E402
+
+
+@pytest.fixture(scope='session')
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's model after a few seconds of pre-training: it answers, mostly wrong."""
+    target = tmp_path_factory.mktemp('model')
+    for script, extra in (('task.py', ['--train', '64', '--heldout', '8']),
+                          ('make_model.py', ['--steps', '60', '--eval-problems', '2'])):
+        subprocess.run([sys.executable, str(QUICKSTART / script), '--output', str(target), *extra], check=True)
+    return target
+
+
+@pytest.fixture(scope='session')
+def environment(model: Path) -> dict[str, str]:
+    env = {key: value for key, value in os.environ.items() if not key.startswith('TREEPO_')}
+    env.update(PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}', MODEL=str(model),
+               DATASET=str(model / 'train.jsonl'), HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', USE_HF='1', SEED='1')
+    return env
+
+
+@pytest.fixture
+def serve(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., int]]:
+    """Start quickstart's rollout.sh and return its port; everything ends with the test."""
+    services: list[Any] = []
+
+    def start(**env: str) -> int:
+        port = free_port()
+        service = Service('The rollout server', ['bash', str(QUICKSTART / 'rollout.sh')], log=tmp_path / 'rollout.log',
+                          env={**environment, 'PORT': str(port), **env})
+        services.append(service)
+        service.__enter__().wait_for_health(port, timeout=240)
+        return port
+
+    yield start
+    for service in services:
+        service.__exit__(None, None, None)
+
+
+@pytest.fixture
+def train(environment: dict[str, str], tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Run quickstart's train.sh (or what `script` says) against a port and return what it printed."""
+
+    def run(port: int, *, script: Path = QUICKSTART / 'train.sh', steps: int = 3,
+            **env: str) -> subprocess.CompletedProcess:
+        return subprocess.run(['bash', str(script)], capture_output=True, text=True, timeout=400, env={
+            **environment, 'PORT': str(port), 'GROUP_PORT': str(free_port()), 'STEPS': str(steps),
+            'OUTPUT': str(tmp_path / 'train'), **env})
+
+    return run

@@ -1,0 +1,139 @@
+"""The whole loop on real vLLM and the real swift CLIs, without a GPU."""
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.e2e.conftest import QUICKSTART, ROOT
+from treepo_swift.config import TreeConfig
+from treepo_swift.transport import RequestNote
+from treepo_swift.weight_sync import PROBE_TEXT
+
+CONFIG = TreeConfig(segment_length=32, max_depth=4)
+
+
+def logprobs_of(model_dir: Path, ids: list[int]) -> torch.Tensor:
+    """Log-probs of ids[1:] under a saved model, by transformers."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    with torch.no_grad():
+        table = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    return table.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def post(port: int, notes: list[dict], messages: list[str], max_tokens: int) -> list[dict]:
+    body = {
+        'infer_requests': [{'messages': [{'role': 'user', 'content': text}], 'uuid': f'r{i}',
+                            'data_dict': {'treepo': note}} for i, (text, note) in enumerate(zip(messages, notes))],
+        'request_config': {'max_tokens': max_tokens, 'temperature': 1.0, 'return_details': True, 'logprobs': True},
+    }
+    response = requests.post(f'http://127.0.0.1:{port}/infer/', json=body, timeout=200)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def score(port: int, ids: list[int]) -> torch.Tensor:
+    note = RequestNote(mode='probe', token_ids=ids).to_dict()
+    return torch.tensor(post(port, [note], ['x'], 1)[0]['rollout_infos']['treepo']['logprobs'])
+
+
+def test_training_on_trees(serve, train, model, tmp_path, capsys):
+    """Trees grow, train, save tokens; the server follows every weight; tokens and log-probs are exact."""
+    port = serve()
+    result = train(port, steps=3, SAVE_STEPS='1')
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert 'weight sync is proven' in result.stdout + result.stderr
+    out = tmp_path / 'train'
+    rows = [json.loads(line) for line in (out / 'logging.jsonl').read_text().splitlines()]
+    rows = [{k: float(v) for k, v in row.items() if k.startswith('tree/') or k == 'reward'}
+            for row in rows if 'tree/decoded_tokens' in row]
+    assert len(rows) == 3
+    assert all(row['tree/trees'] == 8 and row['tree/failures'] == 0 for row in rows)
+    assert all(0 < row['tree/decoded_tokens'] < row['tree/independent_tokens'] for row in rows)
+    share = max(row['tree/scheduler_cpu_share'] for row in rows)
+    with capsys.disabled():
+        print(f'\nscheduler CPU time: at most {share:.1%} of a rollout\'s wall time; '
+              f'tokens saved: {[round(row["tree/saved_fraction"], 2) for row in rows]}')
+    assert share < 0.05
+    assert TreeConfig.from_dict(__import__('yaml').safe_load((out / 'treepo_config.yaml').read_text())).max_depth == 8
+
+    # The last rollout used the weights after step 2. Every single tensor has moved, and the server with it.
+    before, after = load_file(model / 'model.safetensors'), load_file(out / 'checkpoint-2' / 'model.safetensors')
+    assert set(before) == set(after) and all(not torch.equal(before[name], after[name]) for name in before)
+    ids = AutoTokenizer.from_pretrained(model).encode(PROBE_TEXT)
+    served = score(port, ids)
+    followed = (served - logprobs_of(out / 'checkpoint-2', ids)).abs().mean()
+    stale = (served - logprobs_of(out / 'checkpoint-1', ids)).abs().mean()
+    assert followed < 1e-4 < 100 * followed < stale
+
+    exact_tokens(port, out / 'checkpoint-2')
+
+
+def exact_tokens(port: int, weights: Path) -> None:
+    """Log-probs that the server reports are those of exactly these tokens after exactly this prompt."""
+    note = RequestNote(config=CONFIG.to_dict(), num_generations=4).to_dict()
+    prompts = ['What is the digit sum of 1234?'] * 4 + ['Sum the digits of 4321.'] * 4
+    outputs = post(port, [note] * 8, prompts, CONFIG.max_response_tokens)
+    assert [o['response']['id'] for o in outputs] == [f'r{i}' for i in range(8)]
+    tokenizer = AutoTokenizer.from_pretrained(weights)
+    for text, output in zip(prompts, outputs):
+        prompt = tokenizer.encode(f'<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n')
+        ids, = output['response_token_ids']
+        assert output['response_loss_mask'] == [[1] * len(ids)]
+        assert sum(output['rollout_infos']['tree']['tokens']) == len(ids)
+        expected = logprobs_of(weights, prompt + ids)[len(prompt) - 1:]
+        assert torch.allclose(torch.tensor(output['rollout_logprobs'][0]), expected, atol=1e-3)
+    reports = [o['rollout_infos']['tree'] for o in outputs]
+    assert len({r['id'] for r in reports[:4]}) == 1 and reports[0]['id'] != reports[4]['id']
+    assert 0 < reports[0]['stats']['decoded_tokens'] < reports[0]['stats']['trajectory_tokens']
+
+
+def test_mistakes_of_the_trainer_stop_the_run_and_say_why(serve, train, tmp_path):
+    """One server, two broken trainers: a sync that never arrives, and a trainer without the plugin."""
+    port = serve()
+    plugin = tmp_path / 'lost_sync.py'
+    plugin.write_text('from swift.rlhf_trainers.vllm_client import VLLMClient\n'
+                      'VLLMClient.update_flattened_params = lambda self, metadatas, flattened_tensor: None\n')
+    script = tmp_path / 'train_lost_sync.sh'
+    text = (QUICKSTART / 'train.sh').read_text().replace('$here', str(QUICKSTART))
+    script.write_text(text.replace(f'"{QUICKSTART}/reward.py"', f'"{QUICKSTART}/reward.py" "{plugin}"'))
+    result = train(port, script=script, steps=6)
+    said = result.stdout + result.stderr
+    assert result.returncode != 0, said[-2000:]
+    assert 'the server does not sample from the trainer\'s weights' in said and 'TREEPO_VERIFY_WEIGHT_SYNC' in said
+
+    bare = tmp_path / 'cpu_only.py'
+    bare.write_text('from treepo_swift import cpu\ncpu.apply()\n')
+    script.write_text(text.replace(f'"{QUICKSTART}/../../plugin/treepo_plugin.py"', f'"{bare}"'))
+    result = train(port, script=script, steps=1)
+    said = result.stdout + result.stderr
+    assert result.returncode != 0, said[-2000:]
+    assert 'the trainer runs without the plugin' in said and 'flat advantages' in said
+
+
+@pytest.mark.parametrize('script, env, message', [
+    ('rollout.sh', {'TREEPO_SEGMENT_LENGTH': '0'}, 'segment_length=0: must be an integer of at least 1'),
+    ('rollout.sh', {'TREEPO_MAX_DEPTH': '99'}, '99 x 32 = 3168 tokens is over --vllm_max_model_len = 384'),
+    ('train.sh', {'TREEPO_MAX_DEPTH': '9'}, '9 x 32 = 288 tokens is over --max_completion_length = 256'),
+])
+def test_bad_settings_are_refused_before_a_model_loads(script, env, message, environment, tmp_path):
+    # MODEL does not exist: had anything tried to load it, that would be the error.
+    result = subprocess.run(['bash', str(QUICKSTART / script)], capture_output=True, text=True, timeout=200, cwd=ROOT,
+                            env={**environment, **env, 'OUTPUT': str(tmp_path), 'VLLM_SERVER_TIMEOUT': '1'})
+    said = result.stdout + result.stderr
+    assert result.returncode != 0 and message in said, said[-2000:]
+    assert 'Loading' not in said
+
+
+def test_a_sync_engine_is_refused(environment):
+    result = subprocess.run(['swift', 'rollout', '--model', environment['MODEL'], '--model_type', 'qwen2', '--template',
+                             'chatml', '--external_plugins', str(ROOT / 'plugin' / 'treepo_plugin.py'),
+                             '--multi_turn_scheduler', 'treepo', '--vllm_use_async_engine', 'false'],
+                            capture_output=True, text=True, timeout=200, env=environment)
+    assert result.returncode != 0 and 'please set vllm_use_async_engine to True' in result.stdout + result.stderr
