@@ -65,8 +65,8 @@ class TreeConfig:
         True, 'The server refuses requests that were not sent by TreeGRPOTrainer, so that nobody trains on trees '
         'with flat advantages unknowingly.')
     verify_weight_sync: bool = _knob(
-        True, 'Compare log-probs of a fixed text between trainer and server after weight syncs, until the policy has '
-        'moved enough to prove that the server follows; stop the run if it does not.')
+        True, 'Compare log-probs of a fixed text between trainer and server after every weight sync, and stop the run '
+        'where the server does not follow.')
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -130,7 +130,7 @@ class TreeGRPOTrainer(GRPOTrainer):
 
     def _move_model_to_vllm(self, *args: Any, **kwargs: Any) -> None:
         super()._move_model_to_vllm(*args, **kwargs)
-        if self._sync_proof is not None and not self._sync_proof.proven:
+        if self._sync_proof is not None:
             self._verify_weight_sync(self._sync_proof)
 
     def _verify_weight_sync(self, proof: WeightSyncProof) -> None:
@@ -144,9 +144,10 @@ class TreeGRPOTrainer(GRPOTrainer):
                 proof.check(ours, answer['logprobs'], where=f'{url}, step {self.state.global_step}')
             return proof
 
+        was_proven = proof.proven
         proof = self._sync_proof = self._broadcast(compare)
         self._metrics['train']['tree/sync_gap'].append(proof.gap)
-        if proof.proven:
+        if proof.proven and not was_proven:
             logger.info(f'treepo: weight sync is proven: the policy moved by {proof.drift:.4g} nats per token and the '
                         f'server followed to {proof.gap:.4g}.')
 

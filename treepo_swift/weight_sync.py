@@ -2,7 +2,8 @@
 
 swift's server answers 200 to a weight sync that failed, and rollouts then come from old or half-old weights: reward
 stays flat and nothing says why. At the first sync both sides hold the same weights anyway, so agreement there
-proves little; the comparison is repeated at every sync until the policy has visibly moved and the server with it.
+proves little: the comparison is made at every sync (one short request and one short forward pass), and counts as proof
+once the policy has visibly moved and the server with it.
 """
 from __future__ import annotations
 
@@ -23,11 +24,12 @@ class WeightSyncError(RuntimeError):
 
 
 class WeightSyncProof:
-    """Compares log-probs of one fixed text after every sync until they prove something."""
+    """Compares log-probs of one fixed text after every sync."""
 
     def __init__(self, dtype: str) -> None:
         self.tolerance = TOLERANCE.get(dtype.removeprefix('torch.'), TOLERANCE['bfloat16'])
         self.proven = False
+        """Whether the policy has moved far enough, at some check, for agreement to mean something."""
         self.gap = 0.0
         """Last mean absolute difference between server and trainer."""
         self.drift = 0.0
@@ -54,7 +56,7 @@ class WeightSyncProof:
                 f'{self.drift:.4g} since the first sync). A weight sync failed, and swift\'s server does not tell: look '
                 'for an exception in the rollout server\'s log. Restart it before you train on. If both sides run in '
                 'different precisions by intention, set TREEPO_VERIFY_WEIGHT_SYNC=false.')
-        self.proven = self.drift >= PROOF_FACTOR * self.tolerance
+        self.proven = self.proven or self.drift >= PROOF_FACTOR * self.tolerance
 
 
 def _mean_gap(a: Sequence[float], b: Sequence[float]) -> float:

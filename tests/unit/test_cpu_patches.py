@@ -1,5 +1,4 @@
 """The patches of `treepo_swift.cpu`: targets exist, a missing one is an error, an accelerator makes them inert."""
-import asyncio
 import importlib
 import os
 import subprocess
@@ -20,8 +19,6 @@ TARGETS: list[tuple[Callable[[], None], str, str]] = [
     (cpu.patch_device_check, 'swift.arguments.deploy_args:RolloutArguments', '_check_device_count'),
     (cpu.patch_weight_broadcast, 'vllm.distributed.device_communicators.pynccl:PyNcclCommunicator', 'broadcast'),
     (cpu.patch_weight_packing, 'vllm.model_executor.layers.utils', 'dispatch_cpu_unquantized_gemm'),
-    (cpu.patch_failed_sync, 'vllm.v1.engine.async_llm:AsyncLLM', 'collective_rpc'),
-    (cpu.patch_failed_sync, 'vllm.v1.engine.async_llm:AsyncLLM', 'generate'),
 ]
 IDS = [f'{owner}.{name}' for _, owner, name in TARGETS]
 
@@ -155,33 +152,6 @@ def test_an_enabled_communicator_keeps_its_own_broadcast(keep: pytest.MonkeyPatc
     cpu.patch_weight_broadcast()
     communicator.broadcast(SimpleNamespace(disabled=False), 'tensor', src=1, stream='s')
     assert calls == [('tensor', 1, 's')]
-
-
-def test_generation_is_refused_after_a_failed_weight_update(keep: pytest.MonkeyPatch) -> None:
-    engine_class = owner_of('vllm.v1.engine.async_llm:AsyncLLM')
-    failing = {'update_flattened_params'}
-
-    async def rpc(self: Any, method: str, *args: Any, **kwargs: Any) -> str:
-        if method in failing:
-            raise KeyError('no such weight')
-        return 'ok'
-
-    keep.setattr(engine_class, 'collective_rpc', rpc)
-    keep.setattr(engine_class, 'generate', lambda self, prompt: f'stream of {prompt}')
-    cpu.patch_failed_sync()
-    engine = object.__new__(engine_class)
-
-    def call(method: str) -> Any:
-        return asyncio.run(engine.collective_rpc(method=method, args=()))
-
-    assert call('get_state_keys') == 'ok' and engine.generate('a') == 'stream of a'
-    with pytest.raises(KeyError):
-        call('update_flattened_params')
-    assert call('process_weights_after_loading') == 'ok'
-    with pytest.raises(RuntimeError, match='update_flattened_params: KeyError'):
-        engine.generate('a')
-    call('init_communicator')
-    assert engine.generate('a') == 'stream of a'
 
 
 def weights() -> list[Any]:
