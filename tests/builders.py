@@ -6,9 +6,9 @@ import random
 from typing import Callable, Sequence
 
 from treepo_swift.config import TreeConfig
+from treepo_swift.policies.stopping import check_text
 from treepo_swift.search import Limits, Segment, SegmentRequest, TreeSearch
 from treepo_swift.tree import StopReason, response_ids, response_text
-from treepo_swift.policies.stopping import check_text
 
 EOS = 0
 """Every other id is the byte of one character."""
@@ -34,17 +34,28 @@ def decode(ids: Sequence[int]) -> str:
     return bytes(i for i in ids if i != EOS).decode('utf-8', errors='replace')
 
 
-def make_search(config: TreeConfig, width: int, *, prompt_ids: list[int] | None = None, max_response: int = 10**6,
-                max_context: int = 10**6, seed: int = 0) -> TreeSearch:
-    return TreeSearch(config, tree_id='t', prompt_ids=[65, 66] if prompt_ids is None else prompt_ids, width=width,
-                      limits=Limits(max_response, max_context), rng=random.Random(seed))
+def make_search(config: TreeConfig,
+                width: int,
+                *,
+                prompt_ids: list[int] | None = None,
+                max_response: int = 10**6,
+                max_context: int = 10**6,
+                seed: int = 0) -> TreeSearch:
+    return TreeSearch(
+        config,
+        tree_id='t',
+        prompt_ids=[65, 66] if prompt_ids is None else prompt_ids,
+        width=width,
+        limits=Limits(max_response, max_context),
+        rng=random.Random(seed))
 
 
-def grow(search: TreeSearch, *, answer: Callable[[SegmentRequest], Segment | str] | None = None,
+def grow(search: TreeSearch,
+         *,
+         answer: Callable[[SegmentRequest], Segment | str] | None = None,
          order: random.Random | None = None,
          watch: Callable[[SegmentRequest, Segment], None] | None = None) -> TreeSearch:
     """Drive a search to its end; `answer` returns a segment, or a string to fail the request with."""
-
     def default(request: SegmentRequest) -> Segment:
         return sample(search.tree.prompt_ids + response_ids(request.prefix), request.max_tokens, request.seed)
 

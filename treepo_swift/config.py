@@ -18,7 +18,11 @@ class ConfigError(ValueError):
     """A setting that is unknown, of the wrong type, or impossible together with another."""
 
 
-def _knob(default: Any, doc: str, *, low: float | None = None, high: float | None = None,
+def _knob(default: Any,
+          doc: str,
+          *,
+          low: float | None = None,
+          high: float | None = None,
           choices: tuple[str, ...] | None = None) -> Any:
     """A dataclass field with its documentation and its allowed range (`low` and `high` are inclusive)."""
     return dataclasses.field(default=default, metadata={'doc': doc, 'low': low, 'high': high, 'choices': choices})
@@ -37,7 +41,8 @@ class TreeConfig:
     divergence: int = _knob(2, 'd: branching factor, branches per live path at a segment boundary.', low=1)
     root_divergence: int | tuple[int, int] = _knob(
         2, 'First branches at the root. A pair `[lo, hi]` draws one number per tree; the paper\'s "more init '
-        'divergence" is `[2, 8]`.', low=1)
+        'divergence" is `[2, 8]`.',
+        low=1)
 
     stop_at_answer: bool = _knob(True, 'Stop a path whose text holds a complete, non-empty `\\boxed{...}`.')
     stop_at_repetition: bool = _knob(True, 'Stop a path that repeats itself.')
@@ -48,19 +53,27 @@ class TreeConfig:
 
     estimator: str = _knob('treepo', 'Advantage estimator, by its registered name.')
     weighting: str = _knob(
-        'average', 'How subgroups combine: `average` (Eq. 5) or weighted by their `size` (Eq. 6).',
+        'average',
+        'How subgroups combine: `average` (Eq. 5) or weighted by their `size` (Eq. 6).',
         choices=('average', 'size'))
-    reject_flat_subgroups: bool = _knob(False, 'Leave out subgroups below the root whose rewards are all alike (Eq. 7).')
-    include_root: bool = _knob(True, 'Compare with the whole tree too. `false` does so only where no deeper subgroup exists.')
+    reject_flat_subgroups: bool = _knob(False,
+                                        'Leave out subgroups below the root whose rewards are all alike (Eq. 7).')
+    include_root: bool = _knob(
+        True, 'Compare with the whole tree too. `false` does so only where no deeper subgroup exists.')
     count_chains: str = _knob(
         'per_depth', 'A chain that does not fork counts once per segment (`per_depth`, the official code) or once '
-        '(`per_fork`).', choices=('per_depth', 'per_fork'))
+        '(`per_fork`).',
+        choices=('per_depth', 'per_fork'))
     whiten_shift_mean: bool = _knob(True, 'Whitening subtracts the batch mean; `false` only scales.')
 
     max_retries: int = _knob(2, 'How often a segment is asked of the engine again after an engine error.', low=0)
     max_failure_fraction: float = _knob(
-        0.5, 'Share of failed trajectories in a batch above which the rollout raises instead of going on.', low=0, high=1)
-    hook_timeout: float = _knob(60.0, 'Seconds that an overridden hook may take before its path counts as failed.', low=0.001)
+        0.5,
+        'Share of failed trajectories in a batch above which the rollout raises instead of going on.',
+        low=0,
+        high=1)
+    hook_timeout: float = _knob(
+        60.0, 'Seconds that an overridden hook may take before its path counts as failed.', low=0.001)
     require_trainer: bool = _knob(
         True, 'The server refuses requests that were not sent by TreeGRPOTrainer, so that nobody trains on trees '
         'with flat advantages unknowingly.')
@@ -103,8 +116,10 @@ class TreeConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `from_dict` takes them and JSON can carry them."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in
-                dataclasses.asdict(self).items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
@@ -132,7 +147,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f'{path} (named by {CONFIG_ENV}) must hold "key: value" lines, not a {type(values).__name__}.')
+        raise ConfigError(
+            f'{path} (named by {CONFIG_ENV}) must hold "key: value" lines, not a {type(values).__name__}.')
     return values
 
 

@@ -51,7 +51,6 @@ class SegmentEngine(Protocol):
     info: EngineInfo
     stop_strings: list[str]
     """The batch's stop strings, those that the user asked for."""
-
     async def encode(self, request: RolloutInferRequest) -> Prompt:
         """Turn messages (and images, tools) into token ids. Raises whatever the template raises."""
 
@@ -87,14 +86,15 @@ def check_request_config(request_config: RequestConfig) -> None:
 
 class VllmSegmentEngine:
     """`SegmentEngine` over swift's `GRPOVllmEngine` with vLLM's async engine below it."""
-
     def __init__(self, engine: GRPOVllmEngine) -> None:
         if not getattr(engine, 'use_async_engine', False):
-            raise ValueError('Trees need vLLM\'s async engine: start `swift rollout` with --vllm_use_async_engine true.')
+            raise ValueError(
+                'Trees need vLLM\'s async engine: start `swift rollout` with --vllm_use_async_engine true.')
         self._engine = engine
         config = engine.engine.vllm_config
         self.info = EngineInfo(
-            model=str(engine.model_dir), max_model_len=int(config.model_config.max_model_len),
+            model=str(engine.model_dir),
+            max_model_len=int(config.model_config.max_model_len),
             block_size=int(config.cache_config.block_size))
         self._encoders = ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix='treepo-encode')
         self._sampling: Any = None
@@ -126,7 +126,9 @@ class VllmSegmentEngine:
                        seed: int | None) -> Segment:
         sampling = copy.copy(self._sampling)
         sampling.max_tokens, sampling.seed = max_tokens, seed
-        output = await self._last_output({**prompt.inputs, 'input_ids': prompt.token_ids + list(response_ids)}, sampling)
+        output = await self._last_output({
+            **prompt.inputs, 'input_ids': prompt.token_ids + list(response_ids)
+        }, sampling)
         completion = output.outputs[0]
         token_ids = list(completion.token_ids)
         logprobs = [step[token].logprob for step, token in zip(completion.logprobs, token_ids, strict=True)]
@@ -138,7 +140,8 @@ class VllmSegmentEngine:
         from vllm import SamplingParams
         lora = await self._engine._get_grpo_lora_request_async()
         output = await self._last_output({'input_ids': token_ids},
-                                         SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0), lora=lora)
+                                         SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0),
+                                         lora=lora)
         steps = output.prompt_logprobs[1:]
         return [float(step[token].logprob) for step, token in zip(steps, token_ids[1:], strict=True)]
 

@@ -16,7 +16,6 @@ class HookError(RuntimeError):
 
 class HookRunner:
     """Calls hooks, sync ones in a thread pool and async ones on the loop, each with a deadline."""
-
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(MAX_HOOK_THREADS, thread_name_prefix='treepo-hook')
 

@@ -30,7 +30,10 @@ def tree_metrics(reports: Sequence[dict[str, Any]], rewards: Sequence[float]) ->
         'tree/fallbacks': total.get('fallbacks', 0),
         'tree/failures': total.get('failures', 0),
         'tree/depth': sum(report['depth'] for report in reports) / len(reports),
-        **{f'tree/stop/{reason.value}': stops[reason.value] / len(reports) for reason in StopReason},
+        **{
+            f'tree/stop/{reason.value}': stops[reason.value] / len(reports)
+            for reason in StopReason
+        },
         **_flatness(reports, rewards),
     }
     if batches:

@@ -8,14 +8,12 @@ T = TypeVar('T')
 
 class Registry(Generic[T]):
     """Maps names to strategies of one kind (``kind`` is the word used in error messages)."""
-
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that files its target under ``name``; a taken name raises ``ValueError``."""
-
         def add(entry: T) -> T:
             if self._entries.get(name, entry) is not entry:
                 raise ValueError(f'{self.kind} {name!r} is registered already: choose another name.')

@@ -46,7 +46,6 @@ class RolloutFailure:
     swift's worker logs an exception and sends None, of which the trainer sees a bare "500 Internal Server Error".
     This object is iterated in the server's process, where it becomes a 500 that carries the message.
     """
-
     def __init__(self, message: str) -> None:
         self.message = message
 
@@ -76,9 +75,12 @@ class TreeRolloutScheduler(MultiTurnScheduler):
             def check_segment(self, path, text):
                 return StopReason.HOOK if text.count('```') >= 2 else super().check_segment(path, text)
     """
-
-    def __init__(self, infer_engine: Any = None, max_turns: int | None = None, *args: Any,
-                 segment_engine: SegmentEngine | None = None, **kwargs: Any) -> None:
+    def __init__(self,
+                 infer_engine: Any = None,
+                 max_turns: int | None = None,
+                 *args: Any,
+                 segment_engine: SegmentEngine | None = None,
+                 **kwargs: Any) -> None:
         """swift passes `infer_engine`; give a `segment_engine` instead to run on an engine of your own."""
         super().__init__(infer_engine, max_turns, *args, **kwargs)
         if type(self).step is not MultiTurnScheduler.step:
@@ -109,8 +111,10 @@ class TreeRolloutScheduler(MultiTurnScheduler):
 
     # Machinery below.
 
-    async def async_infer(self, infer_requests: list[RolloutInferRequest | dict[str, Any]],
-                          request_config: RequestConfig | dict[str, Any], *,
+    async def async_infer(self,
+                          infer_requests: list[RolloutInferRequest | dict[str, Any]],
+                          request_config: RequestConfig | dict[str, Any],
+                          *,
                           use_tqdm: bool | None = None) -> list[RolloutOutput] | RolloutFailure:
         """swift's server calls this with all requests of a step. See `rollout`; failures become `RolloutFailure`."""
         try:
@@ -119,8 +123,10 @@ class TreeRolloutScheduler(MultiTurnScheduler):
             logger.error(f'treepo: the rollout failed.\n{traceback.format_exc()}')
             return RolloutFailure(f'{type(e).__name__}: {e}')
 
-    async def rollout(self, infer_requests: Sequence[RolloutInferRequest | dict[str, Any]],
-                      request_config: RequestConfig | dict[str, Any], *,
+    async def rollout(self,
+                      infer_requests: Sequence[RolloutInferRequest | dict[str, Any]],
+                      request_config: RequestConfig | dict[str, Any],
+                      *,
                       use_tqdm: bool | None = None) -> list[RolloutOutput]:
         """One output per request, in request order, each with its own request's id.
 
@@ -131,7 +137,8 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         started = time.perf_counter()
         self._cpu_seconds = 0.0
         if self._engine is None:
-            raise RolloutError('TreeRolloutScheduler has no engine: trees need `--vllm_mode server` and `swift rollout`.')
+            raise RolloutError(
+                'TreeRolloutScheduler has no engine: trees need `--vllm_mode server` and `swift rollout`.')
         if isinstance(request_config, dict):
             request_config = RequestConfig(**request_config)
         check_request_config(request_config)
@@ -150,8 +157,11 @@ class TreeRolloutScheduler(MultiTurnScheduler):
             groups = self._group(requests, notes)
         await self._engine.begin_batch(request_config)
         groves = await asyncio.gather(*(self._plant(group, requests, notes, request_config) for group in groups))
-        with tqdm(total=len(requests), desc='trajectories', dynamic_ncols=True,
-                  disable=not (len(requests) > 1 if use_tqdm is None else use_tqdm)) as bar:
+        with tqdm(
+                total=len(requests),
+                desc='trajectories',
+                dynamic_ncols=True,
+                disable=not (len(requests) > 1 if use_tqdm is None else use_tqdm)) as bar:
             seeded = request_config.seed is not None
             await _all_or_cancel([self._grow(grove, seeded, bar) for grove in groves])
         self._check_failures(groves)
@@ -162,7 +172,9 @@ class TreeRolloutScheduler(MultiTurnScheduler):
                     outputs[position] = self._output(grove, index, requests[position])
         if REPORT_KEY in outputs[0].rollout_infos:
             outputs[0].rollout_infos[REPORT_KEY]['batch'] = {
-                'seconds': time.perf_counter() - started, 'scheduler_cpu_seconds': self._cpu_seconds}
+                'seconds': time.perf_counter() - started,
+                'scheduler_cpu_seconds': self._cpu_seconds
+            }
         return outputs
 
     def _take_note(self, request: RolloutInferRequest) -> RequestNote:
@@ -192,8 +204,14 @@ class TreeRolloutScheduler(MultiTurnScheduler):
 
     def _group(self, requests: Sequence[RolloutInferRequest], notes: Sequence[RequestNote]) -> list[Group]:
         keys = [
-            prompt_key(messages=r.messages, images=r.images, audios=r.audios, videos=r.videos, tools=r.tools,
-                       objects=r.objects, data=r.data_dict) for r in requests
+            prompt_key(
+                messages=r.messages,
+                images=r.images,
+                audios=r.audios,
+                videos=r.videos,
+                tools=r.tools,
+                objects=r.objects,
+                data=r.data_dict) for r in requests
         ]
         sizes = [1 if note.mode == 'independent' else note.num_generations for note in notes]
         groups = group_requests(keys, sizes)
@@ -209,8 +227,13 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         max_response = request_config.max_tokens or info.max_model_len
         if len(group.members) == 1:
             # Plain sampling: one request to the end, no early stop.
-            config = dataclasses.replace(config, segment_length=max_response, max_depth=1, root_divergence=1,
-                                         stop_at_answer=False, stop_at_repetition=False)
+            config = dataclasses.replace(
+                config,
+                segment_length=max_response,
+                max_depth=1,
+                root_divergence=1,
+                stop_at_answer=False,
+                stop_at_repetition=False)
         prompt, error = Prompt([], {}), None
         try:
             prompt = await self._engine.encode(request)
@@ -218,8 +241,12 @@ class TreeRolloutScheduler(MultiTurnScheduler):
             error = f'the prompt could not be encoded: {type(e).__name__}: {e}'
         rng = random.Random(f'{config.seed}:{request_config.seed}:{note.step}:{group.copy}:{group.key}')
         search = TreeSearch(
-            config, tree_id=request.uuid or f'tree-{group.members[0]}', prompt_ids=prompt.token_ids,
-            width=len(group.members), limits=Limits(max_response, info.max_model_len), rng=rng)
+            config,
+            tree_id=request.uuid or f'tree-{group.members[0]}',
+            prompt_ids=prompt.token_ids,
+            width=len(group.members),
+            limits=Limits(max_response, info.max_model_len),
+            rng=rng)
         if error:
             search.give_up(error)
         return _Grove(group, request, note, prompt, search)
@@ -289,9 +316,11 @@ class TreeRolloutScheduler(MultiTurnScheduler):
             reach = max(map(len, stops)) - 1
             seam = response_text(prefix)[-reach:] if reach else ''
             if first_stop_string(seam + text[:reach], stops):
-                count = next(n for n in range(1, len(segment.token_ids) + 1)
-                             if first_stop_string(seam + added(n), stops))
-                return Segment(segment.token_ids[:count], segment.logprobs[:count], StopReason.STOP_STRING, added(count))
+                count = next(
+                    n for n in range(1,
+                                     len(segment.token_ids) + 1) if first_stop_string(seam + added(n), stops))
+                return Segment(segment.token_ids[:count], segment.logprobs[:count], StopReason.STOP_STRING,
+                               added(count))
         return dataclasses.replace(segment, text=text)
 
     async def _check(self, grove: _Grove, path: Path) -> StopReason | None:
@@ -314,8 +343,9 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         total = sum(len(grove.group.members) for grove in groves)
         if sum(errors.values()) > self.config.max_failure_fraction * total:
             causes = '\n'.join(f'  {count} x {error}' for error, count in errors.most_common(3))
-            raise RolloutError(f'{sum(errors.values())} of {total} trajectories failed, more than '
-                               f'max_failure_fraction={self.config.max_failure_fraction:g}. Most common causes:\n{causes}')
+            raise RolloutError(
+                f'{sum(errors.values())} of {total} trajectories failed, more than '
+                f'max_failure_fraction={self.config.max_failure_fraction:g}. Most common causes:\n{causes}')
 
     async def _ask_finished(self, grove: _Grove, path: Path, stop: StopReason) -> None:
         if type(self).check_finished is TreeRolloutScheduler.check_finished:
@@ -326,8 +356,12 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         messages = [*grove.request.messages, {'role': 'assistant', 'content': choice.message.content}]
         where = f'on node {path.leaf.id} of tree {grove.search.tree.id}'
         finished = await self._hooks.call(
-            self.check_finished, dataclasses.replace(grove.request, messages=messages), choice, 1,
-            timeout=self.config.hook_timeout, where=where)
+            self.check_finished,
+            dataclasses.replace(grove.request, messages=messages),
+            choice,
+            1,
+            timeout=self.config.hook_timeout,
+            where=where)
         if not finished:
             raise HookError(f'{type(self).__name__}.check_finished {where}: returned {finished!r}, but '
                             'TreeRolloutScheduler is single-turn in this version and has no next turn to go on with')
@@ -353,8 +387,14 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         usage = UsageInfo(len(grove.prompt.token_ids), len(logprobs), len(grove.prompt.token_ids) + len(logprobs))
         return RolloutOutput(
             response=ChatCompletionResponse(self._engine.info.model, [choice], usage, id=request.uuid or tree.id),
-            messages=[*request.messages, {'role': 'assistant', 'content': choice.message.content}],
-            response_token_ids=[ids], response_loss_mask=[mask], rollout_logprobs=[logprobs], rollout_infos=infos)
+            messages=[*request.messages, {
+                'role': 'assistant',
+                'content': choice.message.content
+            }],
+            response_token_ids=[ids],
+            response_loss_mask=[mask],
+            rollout_logprobs=[logprobs],
+            rollout_infos=infos)
 
     def _filler_token(self) -> int:
         return self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else 0
@@ -365,8 +405,10 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         choice = ChatCompletionResponseChoice(0, ChatMessage('assistant', ''), 'stop')
         info = {'engine': dataclasses.asdict(self._engine.info), 'logprobs': scores}
         return RolloutOutput(
-            response=ChatCompletionResponse(self._engine.info.model, [choice], UsageInfo(0, 0, 0), id=request.uuid or ''),
-            messages=request.messages, rollout_infos={REQUEST_KEY: info})
+            response=ChatCompletionResponse(
+                self._engine.info.model, [choice], UsageInfo(0, 0, 0), id=request.uuid or ''),
+            messages=request.messages,
+            rollout_infos={REQUEST_KEY: info})
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

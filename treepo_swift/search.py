@@ -62,7 +62,6 @@ class TreeSearch:
         requests += search.settle(request.id, verdict)
         # until search.done; then read search.tree.trajectories, always exactly `width` of them.
     """
-
     def __init__(self, config: TreeConfig, *, tree_id: str, prompt_ids: list[int], width: int, limits: Limits,
                  rng: random.Random) -> None:
         if width < 1:
@@ -184,7 +183,10 @@ class TreeSearch:
 
     def _fork(self, live: list[Path], ended: int) -> list[SegmentRequest]:
         total = branching.next_width(
-            live=len(live), finished=len(self.tree.trajectories), ended=ended, width=self.width,
+            live=len(live),
+            finished=len(self.tree.trajectories),
+            ended=ended,
+            width=self.width,
             divergence=self.config.divergence)
         requests = []
         for path, count in zip(live, self._branch(live, total, self._rng), strict=True):
@@ -194,7 +196,10 @@ class TreeSearch:
 
     def _fall_back(self) -> list[SegmentRequest]:
         starts = fallback.random_segment(
-            self.tree.trajectories, self.tree.root, needed=self.width - len(self.tree.trajectories),
-            divergence=self.config.divergence, rng=self._rng)
+            self.tree.trajectories,
+            self.tree.root,
+            needed=self.width - len(self.tree.trajectories),
+            divergence=self.config.divergence,
+            rng=self._rng)
         self.tree.stats.fallbacks += len(starts)
         return [self._request(Path(node, fallback_from=index)) for node, index in starts]

@@ -28,7 +28,6 @@ CONFIG_FILE = 'treepo_config.yaml'
 @dataclass
 class TreeGRPOConfig(GRPOConfig):
     """swift's GRPO arguments, refused where they contradict the tree's before any model loads."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         TreeConfig.load().check_fits(self.max_completion_length, '--max_completion_length')
@@ -43,7 +42,6 @@ class TreeGRPOTrainer(GRPOTrainer):
     advantages are whitened over the loss tokens of the whole batch, over all ranks; ``--scale_rewards`` applies to
     plain GRPO only. swift itself spreads a trajectory's advantage over its tokens (`_postprocess_batch`).
     """
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.tree_config = TreeConfig.load()
         check_estimator(self.tree_config.estimator)
@@ -93,8 +91,10 @@ class TreeGRPOTrainer(GRPOTrainer):
         """One probe for each server (the client deals requests out evenly); None where it knows no probes."""
         note = RequestNote(mode='probe', token_ids=token_ids).to_dict()
         request = RolloutInferRequest(messages=[{'role': 'user', 'content': 'probe'}], data_dict={REQUEST_KEY: note})
-        outputs = self.vllm_client.infer([asdict(request)] * self.vllm_client.num_servers,
-                                         asdict(RequestConfig(max_tokens=1, return_details=True)), use_tqdm=False)
+        outputs = self.vllm_client.infer(
+            [asdict(request)] * self.vllm_client.num_servers,
+            asdict(RequestConfig(max_tokens=1, return_details=True)),
+            use_tqdm=False)
         return [getattr(output, 'rollout_infos', {}).get(REQUEST_KEY) for output in outputs]
 
     def _broadcast(self, function: Any) -> Any:
@@ -123,8 +123,8 @@ class TreeGRPOTrainer(GRPOTrainer):
     def _request_note(self) -> RequestNote:
         if not self.model.training:
             return RequestNote(mode='independent')
-        return RequestNote(config=self.tree_config.to_dict(), num_generations=self.num_generations,
-                           step=self.state.global_step)
+        return RequestNote(
+            config=self.tree_config.to_dict(), num_generations=self.num_generations, step=self.state.global_step)
 
     # Weight sync.
 
@@ -204,12 +204,14 @@ def tree_advantages(reports: Sequence[dict[str, Any]], rewards: Sequence[float],
     """
     healthy = [i for i, report in enumerate(reports) if report['stop'] != StopReason.FAILED.value]
     raw = estimate([[reports[i]['id'], *reports[i]['nodes']] for i in healthy], [rewards[i] for i in healthy],
-                   estimator=config.estimator, weighting=config.weighting,
-                   reject_flat_subgroups=config.reject_flat_subgroups, include_root=config.include_root,
+                   estimator=config.estimator,
+                   weighting=config.weighting,
+                   reject_flat_subgroups=config.reject_flat_subgroups,
+                   include_root=config.include_root,
                    count_chains=config.count_chains)
     advantages = [0.0] * len(reports)
-    for i, value in zip(healthy, whiten(raw, [lengths[i] for i in healthy], shift_mean=config.whiten_shift_mean),
-                        strict=True):
+    for i, value in zip(
+            healthy, whiten(raw, [lengths[i] for i in healthy], shift_mean=config.whiten_shift_mean), strict=True):
         advantages[i] = value
     return advantages
 

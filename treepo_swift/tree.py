@@ -49,7 +49,6 @@ class Node:
     """Response tokens from the root to the end of this node."""
     text: str = ''
     """What `token_ids` add to the response's text (for stopping rules; the exact thing is the ids)."""
-
     def lineage(self) -> list[Node]:
         """The nodes from the first segment to this one, without the root."""
         nodes = []

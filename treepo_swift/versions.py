@@ -16,7 +16,7 @@ class UnsupportedVersion(ImportError):
 
 def installed_version(package: str) -> str | None:
     """The installed version of `package` or of one of its aliases, None where there is none."""
-    for name in ALIASES.get(package, (package,)):
+    for name in ALIASES.get(package, (package, )):
         try:
             return metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -25,7 +25,6 @@ class WeightSyncError(RuntimeError):
 
 class WeightSyncProof:
     """Compares log-probs of one fixed text after every sync."""
-
     def __init__(self, dtype: str) -> None:
         self.tolerance = TOLERANCE.get(dtype.removeprefix('torch.'), TOLERANCE['bfloat16'])
         self.proven = False
@@ -51,8 +50,8 @@ class WeightSyncProof:
         self.drift = _mean_gap(trainer, self._first)
         if not self.gap <= self.tolerance:
             raise WeightSyncError(
-                f'{where}: the server does not sample from the trainer\'s weights. Log-probs of a fixed text differ by '
-                f'{self.gap:.4g} nats per token, where {self.tolerance:g} is allowed (the policy itself has moved by '
+                f'{where}: the server does not sample from the trainer\'s weights. Log-probs of a fixed text differ '
+                f'by {self.gap:.4g} nats per token, where {self.tolerance:g} is allowed (the policy itself has moved by '
                 f'{self.drift:.4g} since the first sync). A weight sync failed, and swift\'s server does not tell: look '
                 'for an exception in the rollout server\'s log. Restart it before you train on. If both sides run in '
                 'different precisions by intention, set TREEPO_VERIFY_WEIGHT_SYNC=false.')

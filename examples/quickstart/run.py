@@ -87,11 +87,19 @@ def train(args: argparse.Namespace, run: Path, base: Path, data: Path) -> None:
     from services import Service, free_port
     port = free_port()
     env = {
-        **os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
+        **os.environ,
+        'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
         # The model is a local folder: nothing is to be looked up on a hub.
-        'HF_HUB_OFFLINE': '1', 'TRANSFORMERS_OFFLINE': '1', 'USE_HF': '1',
-        'MODEL': str(base), 'DATASET': str(data), 'PORT': str(port), 'GROUP_PORT': str(free_port()),
-        'STEPS': str(args.steps), 'SEED': str(args.seed), 'OUTPUT': str(run / 'train'),
+        'HF_HUB_OFFLINE': '1',
+        'TRANSFORMERS_OFFLINE': '1',
+        'USE_HF': '1',
+        'MODEL': str(base),
+        'DATASET': str(data),
+        'PORT': str(port),
+        'GROUP_PORT': str(free_port()),
+        'STEPS': str(args.steps),
+        'SEED': str(args.seed),
+        'OUTPUT': str(run / 'train'),
     }
     step('2/4', f'rollout server on port {port} (log: {run / "rollout.log"})')
     with Service('The rollout server', ['bash', str(HERE / 'rollout.sh')], log=run / 'rollout.log', env=env) as server:
@@ -151,8 +159,10 @@ def accuracy(model: Path, cache: Path) -> float:
     torch.manual_seed(0)
     tasks = distinct_problems('heldout', HELDOUT, 0)
     answers = sample(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tokenizer, tasks)
-    right = [is_correct(tokenizer.decode(ids, skip_special_tokens=True), task.solution)
-             for ids, task in zip(answers, tasks, strict=True)]
+    right = [
+        is_correct(tokenizer.decode(ids, skip_special_tokens=True), task.solution)
+        for ids, task in zip(answers, tasks, strict=True)
+    ]
     cache.write_text(json.dumps({'accuracy': sum(right) / len(right), 'problems': len(right)}))
     return sum(right) / len(right)
 
@@ -161,8 +171,8 @@ def report(run: Path, checkpoint: Path, before: float, after: float, *, minutes:
     rows = read_log(run / 'train' / 'logging.jsonl')
     decoded = sum(row['tree/decoded_tokens'] for row in rows)
     independent = sum(row['tree/independent_tokens'] for row in rows)
-    share = sum(row['tree/scheduler_cpu_share'] * row['tree/rollout_seconds'] for row in rows) / sum(
-        row['tree/rollout_seconds'] for row in rows)
+    share = sum(row['tree/scheduler_cpu_share'] * row['tree/rollout_seconds']
+                for row in rows) / sum(row['tree/rollout_seconds'] for row in rows)
     table = [
         ('held-out accuracy', f'{before:.1%} -> {after:.1%}'),
         ('training reward', f'{rows[0]["reward"]:.2f} -> {rows[-1]["reward"]:.2f}'),

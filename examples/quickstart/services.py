@@ -20,7 +20,6 @@ class ServiceFailed(RuntimeError):
 
 class Service:
     """A command with a log, as a context manager that ends the command and all of its children."""
-
     def __init__(self, name: str, command: list[str], *, log: Path, env: dict[str, str]) -> None:
         self.name, self.command, self.log, self.env = name, command, log, env
 
@@ -28,8 +27,13 @@ class Service:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open('w') as output:
             # A killed server can leave vLLM's engine and worker behind; a group is ended as a whole.
-            self.process = subprocess.Popen(self.command, stdout=output, stderr=subprocess.STDOUT,
-                                            stdin=subprocess.DEVNULL, env=self.env, start_new_session=True)
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=self.env,
+                start_new_session=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,

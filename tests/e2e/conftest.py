@@ -22,8 +22,8 @@ from services import Service, free_port  # noqa: E402
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quickstart's model after a few seconds of pre-training: it answers, mostly wrong."""
     target = tmp_path_factory.mktemp('model')
-    for script, extra in (('task.py', ['--train', '64', '--heldout', '8']),
-                          ('make_model.py', ['--steps', '60', '--eval-problems', '2'])):
+    for script, extra in (('task.py', ['--train', '64', '--heldout',
+                                       '8']), ('make_model.py', ['--steps', '60', '--eval-problems', '2'])):
         subprocess.run([sys.executable, str(QUICKSTART / script), '--output', str(target), *extra], check=True)
     return target
 
@@ -31,8 +31,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope='session')
 def environment(model: Path) -> dict[str, str]:
     env = {key: value for key, value in os.environ.items() if not key.startswith('TREEPO_')}
-    env.update(PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}', MODEL=str(model),
-               DATASET=str(model / 'train.jsonl'), HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', USE_HF='1', SEED='1')
+    env.update(
+        PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
+        MODEL=str(model),
+        DATASET=str(model / 'train.jsonl'),
+        HF_HUB_OFFLINE='1',
+        TRANSFORMERS_OFFLINE='1',
+        USE_HF='1',
+        SEED='1')
     return env
 
 
@@ -43,8 +49,13 @@ def serve(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[...,
 
     def start(**env: str) -> int:
         port = free_port()
-        service = Service('The rollout server', ['bash', str(QUICKSTART / 'rollout.sh')], log=tmp_path / 'rollout.log',
-                          env={**environment, 'PORT': str(port), **env})
+        service = Service(
+            'The rollout server', ['bash', str(QUICKSTART / 'rollout.sh')],
+            log=tmp_path / 'rollout.log',
+            env={
+                **environment, 'PORT': str(port),
+                **env
+            })
         services.append(service)
         service.__enter__().wait_for_health(port, timeout=240)
         return port
@@ -57,11 +68,22 @@ def serve(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[...,
 @pytest.fixture
 def train(environment: dict[str, str], tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     """Run quickstart's train.sh (or what `script` says) against a port and return what it printed."""
-
-    def run(port: int, *, script: Path = QUICKSTART / 'train.sh', steps: int = 3,
+    def run(port: int,
+            *,
+            script: Path = QUICKSTART / 'train.sh',
+            steps: int = 3,
             **env: str) -> subprocess.CompletedProcess:
-        return subprocess.run(['bash', str(script)], capture_output=True, text=True, timeout=400, env={
-            **environment, 'PORT': str(port), 'GROUP_PORT': str(free_port()), 'STEPS': str(steps),
-            'OUTPUT': str(tmp_path / 'train'), **env})
+        return subprocess.run(
+            ['bash', str(script)],
+            capture_output=True,
+            text=True,
+            timeout=400,
+            env={
+                **environment, 'PORT': str(port),
+                'GROUP_PORT': str(free_port()),
+                'STEPS': str(steps),
+                'OUTPUT': str(tmp_path / 'train'),
+                **env
+            })
 
     return run

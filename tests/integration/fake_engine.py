@@ -20,8 +20,10 @@ class FakeTokenizer:
 
 class FakeEngine:
     """Deterministic in the context (and the request's seed, where one is given)."""
-
-    def __init__(self, *, max_model_len: int = 4096, block_size: int = 16,
+    def __init__(self,
+                 *,
+                 max_model_len: int = 4096,
+                 block_size: int = 16,
                  speak: Callable[[list[int], int, int], Segment] | None = None,
                  fails: Callable[[int], bool] = lambda call: False) -> None:
         self.info = EngineInfo('fake', max_model_len, block_size)

@@ -32,14 +32,22 @@ def scheduler(engine: FakeEngine | None = None, cls: type = TreeRolloutScheduler
     return cls(segment_engine=engine or FakeEngine(), tokenizer=FakeTokenizer())
 
 
-def requests(*prompts: str, config: TreeConfig = CONFIG, num_generations: int | None = None,
+def requests(*prompts: str,
+             config: TreeConfig = CONFIG,
+             num_generations: int | None = None,
              mode: str = 'tree') -> list[RolloutInferRequest]:
     note = RequestNote(mode=mode, config=config.to_dict(), num_generations=num_generations).to_dict()
-    return [RolloutInferRequest(messages=[{'role': 'user', 'content': prompt}], uuid=f'request-{index}',
-                                data_dict={'treepo': note}) for index, prompt in enumerate(prompts)]
+    return [
+        RolloutInferRequest(
+            messages=[{
+                'role': 'user',
+                'content': prompt
+            }], uuid=f'request-{index}', data_dict={'treepo': note}) for index, prompt in enumerate(prompts)
+    ]
 
 
-def rollout(batch: list[RolloutInferRequest], target: TreeRolloutScheduler | None = None,
+def rollout(batch: list[RolloutInferRequest],
+            target: TreeRolloutScheduler | None = None,
             **config) -> list[RolloutOutput]:
     request_config = RequestConfig(max_tokens=64, return_details=True, logprobs=True, **config)
     return asyncio.run((target or scheduler()).rollout(batch, request_config, use_tqdm=False))
@@ -152,8 +160,9 @@ def test_an_answer_that_spans_two_segments_stops_the_path():
         ids = list(text[begin:begin + max_tokens])
         return Segment(ids, [-1.0] * len(ids))
 
-    outputs = rollout(requests('prompt', 'prompt', config=TreeConfig(segment_length=16, max_depth=3)),
-                      scheduler(FakeEngine(speak=spell)))
+    outputs = rollout(
+        requests('prompt', 'prompt', config=TreeConfig(segment_length=16, max_depth=3)),
+        scheduler(FakeEngine(speak=spell)))
     assert [tree_of(o)['stop'] for o in outputs] == ['answer'] * 2
     assert all(len(o.response_token_ids[0]) == 32 and o.response.choices[0].finish_reason == 'stop' for o in outputs)
 
@@ -163,7 +172,6 @@ def test_multibyte_characters_across_segments_come_out_whole():
     seen = []
 
     class Watch(TreeRolloutScheduler):
-
         def check_segment(self, path, text):
             seen.append(text)
 
@@ -172,8 +180,9 @@ def test_multibyte_characters_across_segments_come_out_whole():
         ids = list(text[begin:begin + max_tokens])
         return Segment(ids, [-1.0] * len(ids), None if ids and begin + max_tokens < len(text) else StopReason.EOS)
 
-    rollout(requests('prompt', 'prompt', config=TreeConfig(segment_length=5, max_depth=40)),
-            scheduler(FakeEngine(speak=spell), Watch))
+    rollout(
+        requests('prompt', 'prompt', config=TreeConfig(segment_length=5, max_depth=40)),
+        scheduler(FakeEngine(speak=spell), Watch))
     assert max(seen, key=len) == text.decode()
     assert all('\ufffd' not in t and text.decode().startswith(t) for t in seen)
 
@@ -201,37 +210,31 @@ def test_one_bad_prompt_becomes_masked_placeholders_and_leaves_the_others_alone(
 
 
 def test_a_prompt_without_room_for_an_answer_becomes_placeholders():
-    outputs = rollout(requests('x' * 100, 'x' * 100, *['a'] * 4),
-                      scheduler(FakeEngine(max_model_len=100)))
+    outputs = rollout(requests('x' * 100, 'x' * 100, *['a'] * 4), scheduler(FakeEngine(max_model_len=100)))
     assert [tree_of(o)['stop'] == 'failed' for o in outputs] == [True, True, False, False, False, False]
 
 
 class Raises(TreeRolloutScheduler):
-
     def check_segment(self, path, text):
         raise KeyError('board')
 
 
 class Exits(TreeRolloutScheduler):
-
     def check_segment(self, path, text):
         raise SystemExit(1)
 
 
 class CancelsItself(TreeRolloutScheduler):
-
     async def check_segment(self, path, text):
         raise asyncio.CancelledError
 
 
 class ReturnsRubbish(TreeRolloutScheduler):
-
     def check_segment(self, path, text):
         return 'stop'
 
 
 class Hangs(TreeRolloutScheduler):
-
     def check_segment(self, path, text):
         time.sleep(1)
 
@@ -250,15 +253,12 @@ def test_bad_hooks_are_named(cls, cause):
 
 
 def test_hooks_may_be_sync_or_async_and_stop_paths():
-
     class Sync(TreeRolloutScheduler):
-
         def check_segment(self, path, text):
             assert threading.current_thread().name.startswith('treepo-hook')
             return StopReason.HOOK if path.leaf.depth == 2 else None
 
     class Async(TreeRolloutScheduler):
-
         async def check_segment(self, path, text):
             await asyncio.sleep(0)
             return StopReason.HOOK if path.leaf.depth == 2 else None
@@ -273,7 +273,6 @@ def test_check_finished_sees_the_whole_turn_with_swifts_signature():
     seen = []
 
     class Watch(TreeRolloutScheduler):
-
         def check_finished(self, infer_request, response_choice, current_turn):
             seen.append((infer_request.messages[-1]['content'], response_choice.message.content,
                          response_choice.finish_reason, current_turn, len(response_choice.token_ids)))
@@ -285,9 +284,7 @@ def test_check_finished_sees_the_whole_turn_with_swifts_signature():
 
 
 def test_multi_turn_subclasses_are_refused_at_once():
-
     class MultiTurn(TreeRolloutScheduler):
-
         def step(self, infer_request, response_choice, current_turn):
             return {}
 
@@ -360,8 +357,15 @@ def test_a_group_split_between_servers_is_warned_of_once(monkeypatch):
 
 
 @pytest.mark.parametrize('option, message', [
-    ({'n': 2}, 'n=2'), ({'presence_penalty': .5}, 'presence_penalty=0.5'),
-    ({'structured_outputs_regex': 'a+'}, 'structured_outputs_regex'),
+    ({
+        'n': 2
+    }, 'n=2'),
+    ({
+        'presence_penalty': .5
+    }, 'presence_penalty=0.5'),
+    ({
+        'structured_outputs_regex': 'a+'
+    }, 'structured_outputs_regex'),
 ])
 def test_sampling_options_that_segments_can_not_keep_are_refused(option, message):
     with pytest.raises(ValueError, match=message):
@@ -383,8 +387,8 @@ def test_swifts_own_placeholder_request_is_served_quietly():
 def test_reports_are_small_and_json():
     config = TreeConfig(segment_length=16, max_depth=14, stop_at_repetition=False)
     quiet = FakeEngine(speak=lambda context, max_tokens, seed: Segment([97] * max_tokens, [-1.0] * max_tokens))
-    outputs = asyncio.run(scheduler(quiet).rollout(
-        requests(*['a'] * 16, config=config), RequestConfig(max_tokens=224), use_tqdm=False))
+    outputs = asyncio.run(
+        scheduler(quiet).rollout(requests(*['a'] * 16, config=config), RequestConfig(max_tokens=224), use_tqdm=False))
     sizes = [len(json.dumps(tree_of(o))) for o in outputs]
     assert max(sizes) < 800 and all(tree_of(o)['depth'] == 14 for o in outputs)
 
@@ -395,7 +399,8 @@ def test_typos_raise_instead_of_reading_none():
 
 
 def test_engine_errors_count_as_node_failures_in_the_stats():
-    outputs = rollout(requests(*['a'] * 4, config=TreeConfig(segment_length=16, max_depth=4, max_retries=0)),
-                      scheduler(FakeEngine(fails=lambda call: call == 1)))
+    outputs = rollout(
+        requests(*['a'] * 4, config=TreeConfig(segment_length=16, max_depth=4, max_retries=0)),
+        scheduler(FakeEngine(fails=lambda call: call == 1)))
     assert sum(tree_of(o).get('stats', {}).get('failures', 0) for o in outputs) == 1
     assert issubclass(EngineError, RuntimeError)

@@ -24,8 +24,14 @@ def batch() -> tuple[list[dict], list[float], list[int]]:
         for leaf in range(NUM_GENERATIONS):
             failed = (tree, leaf) == (1, 2)
             nodes = [] if failed else [1 + leaf // 2, 10 + leaf]
-            reports.append({'id': f't{tree}', 'nodes': nodes, 'tokens': [4] * len(nodes), 'depth': len(nodes),
-                            'stop': 'failed' if failed else 'eos', 'fallback_from': None})
+            reports.append({
+                'id': f't{tree}',
+                'nodes': nodes,
+                'tokens': [4] * len(nodes),
+                'depth': len(nodes),
+                'stop': 'failed' if failed else 'eos',
+                'fallback_from': None
+            })
             rewards.append(float(rng.random() < .5))
             lengths.append(0 if failed else rng.randint(1, 9))
     return reports, rewards, lengths
@@ -40,10 +46,19 @@ def compute(rank: int, world: int) -> list[float]:
     mine = slice(rank * part, (rank + 1) * part)
     trainer = object.__new__(TreeGRPOTrainer)
     trainer.__dict__.update(
-        tree_config=TreeConfig(), model=SimpleNamespace(training=True), num_generations=NUM_GENERATIONS,
-        num_generations_eval=NUM_GENERATIONS, dynamic_num_samples=False, kl_in_reward=False, beta=0.0,
-        advantage_estimator='grpo', scale_rewards='group', reward_weights=torch.ones(1), reward_func_names=['r'],
-        overlong_filter=False, _metrics={'train': defaultdict(list)},
+        tree_config=TreeConfig(),
+        model=SimpleNamespace(training=True),
+        num_generations=NUM_GENERATIONS,
+        num_generations_eval=NUM_GENERATIONS,
+        dynamic_num_samples=False,
+        kl_in_reward=False,
+        beta=0.0,
+        advantage_estimator='grpo',
+        scale_rewards='group',
+        reward_weights=torch.ones(1),
+        reward_func_names=['r'],
+        overlong_filter=False,
+        _metrics={'train': defaultdict(list)},
         _logs={'rewards': defaultdict(list)})
     mask = torch.zeros(part, 9, dtype=torch.bool)
     for row, length in enumerate(lengths[mine]):
@@ -56,8 +71,13 @@ def compute(rank: int, world: int) -> list[float]:
 
 
 def worker(rank: int, port: int, folder: str) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
-                      MASTER_PORT=str(port), ACCELERATE_USE_CPU='1')
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE='2',
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT=str(port),
+        ACCELERATE_USE_CPU='1')
     from accelerate import PartialState
     state = PartialState(cpu=True, backend='gloo')
     assert state.num_processes == 2
@@ -94,9 +114,17 @@ def test_samples_without_trees_train_as_plain_grpo():
     def build(cls):
         trainer = object.__new__(cls)
         trainer.__dict__.update(
-            model=SimpleNamespace(training=True), num_generations=4, num_generations_eval=4, dynamic_num_samples=False,
-            kl_in_reward=False, beta=0.0, advantage_estimator='grpo', scale_rewards='group',
-            reward_weights=torch.ones(1), reward_func_names=['r'], _metrics={'train': defaultdict(list)},
+            model=SimpleNamespace(training=True),
+            num_generations=4,
+            num_generations_eval=4,
+            dynamic_num_samples=False,
+            kl_in_reward=False,
+            beta=0.0,
+            advantage_estimator='grpo',
+            scale_rewards='group',
+            reward_weights=torch.ones(1),
+            reward_func_names=['r'],
+            _metrics={'train': defaultdict(list)},
             _logs={'rewards': defaultdict(list)})
         return trainer
 

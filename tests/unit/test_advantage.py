@@ -16,10 +16,19 @@ REWARDS = [1.0, 0.0, 0.0, 0.0]
 
 @pytest.mark.parametrize('options, expected', [
     ({}, [.625, -.375, -.125, -.125]),
-    ({'weighting': 'size'}, [2 / 3, -1 / 3, -1 / 6, -1 / 6]),
-    ({'reject_flat_subgroups': True}, [.625, -.375, -.25, -.25]),
-    ({'include_root': False}, [.5, -.5, 0, 0]),
-    ({'include_root': False, 'reject_flat_subgroups': True}, [.5, -.5, -.25, -.25]),
+    ({
+        'weighting': 'size'
+    }, [2 / 3, -1 / 3, -1 / 6, -1 / 6]),
+    ({
+        'reject_flat_subgroups': True
+    }, [.625, -.375, -.25, -.25]),
+    ({
+        'include_root': False
+    }, [.5, -.5, 0, 0]),
+    ({
+        'include_root': False,
+        'reject_flat_subgroups': True
+    }, [.5, -.5, -.25, -.25]),
 ])
 def test_the_worked_example(options, expected):
     assert estimate(PATHS, REWARDS, **options) == pytest.approx(expected)
@@ -46,10 +55,14 @@ def test_a_tree_of_one_trajectory_has_baseline_zero():
 
 forests = st.lists(
     st.tuples(st.lists(st.integers(0, 2), max_size=4).map(tuple), st.sampled_from([0.0, .25, 1.0]), st.integers(0, 2)),
-    min_size=1, max_size=24)
+    min_size=1,
+    max_size=24)
 options = st.fixed_dictionaries({
-    'weighting': st.sampled_from(['average', 'size']), 'reject_flat_subgroups': st.booleans(),
-    'include_root': st.booleans(), 'count_chains': st.sampled_from(['per_depth', 'per_fork'])})
+    'weighting': st.sampled_from(['average', 'size']),
+    'reject_flat_subgroups': st.booleans(),
+    'include_root': st.booleans(),
+    'count_chains': st.sampled_from(['per_depth', 'per_fork'])
+})
 
 
 def build(forest):
@@ -102,7 +115,6 @@ def test_bad_input_is_named():
 
 
 def test_users_register_their_own():
-
     @register_advantage('test_twice_the_reward')
     def twice(paths, rewards, **options):
         return [2 * r for r in rewards]

@@ -28,17 +28,39 @@ def test_a_config_survives_json_and_yaml():
 
 
 @pytest.mark.parametrize('environ, message', [
-    ({'TREEPO_SEGMENTLENGTH': '64'}, "environment variable TREEPO_SEGMENTLENGTH: unknown key 'segmentlength'"),
-    ({'TREEPO_SEGMENT_LENGTH': '0'}, 'TREEPO_SEGMENT_LENGTH: segment_length=0: must be an integer of at least 1'),
-    ({'TREEPO_SEGMENT_LENGTH': '6.5'}, 'segment_length=6.5: must be an integer'),
-    ({'TREEPO_MAX_DEPTH': 'true'}, 'max_depth=True: must be an integer of at least 1'),
-    ({'TREEPO_STOP_AT_ANSWER': '1'}, 'stop_at_answer=1: must be true or false'),
-    ({'TREEPO_ROOT_DIVERGENCE': '[3, 2]'}, r'root_divergence=\[3, 2\]: must be an integer of at least 1, or a pair'),
-    ({'TREEPO_WEIGHTING': 'max'}, "weighting='max': must be 'average' or 'size'"),
-    ({'TREEPO_MAX_FAILURE_FRACTION': '1.5'}, 'must be a number of at least 0 and at most 1'),
-    ({'TREEPO_HOOK_TIMEOUT': '.nan'}, 'hook_timeout=nan'),
-    ({'TREEPO_SEED': '{'}, 'can not be read as a YAML value'),
-    ({'TREEPO_CONFIG': '/no/such/file.yaml'}, 'is not a file'),
+    ({
+        'TREEPO_SEGMENTLENGTH': '64'
+    }, "environment variable TREEPO_SEGMENTLENGTH: unknown key 'segmentlength'"),
+    ({
+        'TREEPO_SEGMENT_LENGTH': '0'
+    }, 'TREEPO_SEGMENT_LENGTH: segment_length=0: must be an integer of at least 1'),
+    ({
+        'TREEPO_SEGMENT_LENGTH': '6.5'
+    }, 'segment_length=6.5: must be an integer'),
+    ({
+        'TREEPO_MAX_DEPTH': 'true'
+    }, 'max_depth=True: must be an integer of at least 1'),
+    ({
+        'TREEPO_STOP_AT_ANSWER': '1'
+    }, 'stop_at_answer=1: must be true or false'),
+    ({
+        'TREEPO_ROOT_DIVERGENCE': '[3, 2]'
+    }, r'root_divergence=\[3, 2\]: must be an integer of at least 1, or a pair'),
+    ({
+        'TREEPO_WEIGHTING': 'max'
+    }, "weighting='max': must be 'average' or 'size'"),
+    ({
+        'TREEPO_MAX_FAILURE_FRACTION': '1.5'
+    }, 'must be a number of at least 0 and at most 1'),
+    ({
+        'TREEPO_HOOK_TIMEOUT': '.nan'
+    }, 'hook_timeout=nan'),
+    ({
+        'TREEPO_SEED': '{'
+    }, 'can not be read as a YAML value'),
+    ({
+        'TREEPO_CONFIG': '/no/such/file.yaml'
+    }, 'is not a file'),
 ])
 def test_bad_settings_are_refused_by_name(environ, message):
     with pytest.raises(ConfigError, match=message):

@@ -13,8 +13,10 @@ from treepo_swift.transport import RequestNote
 from treepo_swift.weight_sync import WeightSyncError, WeightSyncProof
 
 
-@pytest.mark.parametrize('module', ['treepo_swift', 'treepo_swift.search', 'treepo_swift.advantage',
-                                    'treepo_swift.config', 'treepo_swift.policies.stopping', 'treepo_swift.cli.main'])
+@pytest.mark.parametrize('module', [
+    'treepo_swift', 'treepo_swift.search', 'treepo_swift.advantage', 'treepo_swift.config',
+    'treepo_swift.policies.stopping', 'treepo_swift.cli.main'
+])
 def test_the_core_imports_no_torch_vllm_or_swift(module):
     code = f'import sys, {module}; print([m for m in ("torch", "vllm", "swift", "transformers") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n'
@@ -33,8 +35,7 @@ def test_missing_and_untested_versions_are_named(monkeypatch):
 
 def test_groups_keep_order_and_split_at_num_generations():
     groups = group_requests(['a', 'b', 'a', 'a', 'b', 'a'], [2] * 6)
-    assert [(g.key, g.copy, g.members) for g in groups] == [
-        ('a', 0, (0, 2)), ('a', 1, (3, 5)), ('b', 0, (1, 4))]
+    assert [(g.key, g.copy, g.members) for g in groups] == [('a', 0, (0, 2)), ('a', 1, (3, 5)), ('b', 0, (1, 4))]
     assert [g.members for g in group_requests(['a', 'b', 'a'], [None] * 3)] == [(0, 2), (1, )]
 
 
@@ -64,14 +65,44 @@ def test_a_server_that_stays_behind_stops_the_run(server):
 
 
 def test_metrics_of_a_batch():
-    stats = {'decoded_tokens': 60, 'trajectory_tokens': 100, 'engine_requests': 7, 'forks': 3, 'fallbacks': 1,
-             'failures': 0}
+    stats = {
+        'decoded_tokens': 60,
+        'trajectory_tokens': 100,
+        'engine_requests': 7,
+        'forks': 3,
+        'fallbacks': 1,
+        'failures': 0
+    }
     reports = [
-        {'id': 't', 'nodes': [1, 2], 'depth': 2, 'stop': 'answer', 'stats': stats,
-         'batch': {'seconds': 2.0, 'scheduler_cpu_seconds': .1}},
-        {'id': 't', 'nodes': [1, 3], 'depth': 2, 'stop': 'eos'},
-        {'id': 't', 'nodes': [4], 'depth': 1, 'stop': 'depth_limit'},
-        {'id': 't', 'nodes': [], 'depth': 0, 'stop': 'failed'},
+        {
+            'id': 't',
+            'nodes': [1, 2],
+            'depth': 2,
+            'stop': 'answer',
+            'stats': stats,
+            'batch': {
+                'seconds': 2.0,
+                'scheduler_cpu_seconds': .1
+            }
+        },
+        {
+            'id': 't',
+            'nodes': [1, 3],
+            'depth': 2,
+            'stop': 'eos'
+        },
+        {
+            'id': 't',
+            'nodes': [4],
+            'depth': 1,
+            'stop': 'depth_limit'
+        },
+        {
+            'id': 't',
+            'nodes': [],
+            'depth': 0,
+            'stop': 'failed'
+        },
     ]
     metrics = tree_metrics(reports, [1.0, 1.0, 0.0, 0.0])
     assert metrics['tree/saved_tokens'] == 40 and metrics['tree/saved_fraction'] == pytest.approx(.4)

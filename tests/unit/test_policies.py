@@ -38,8 +38,8 @@ def grown(reasons: list[StopReason], depth: int = 3) -> Tree:
     return tree
 
 
-@given(st.lists(st.sampled_from(list(StopReason)), max_size=8), st.integers(1, 10), st.integers(1, 3),
-       st.integers(0, 50))
+@given(
+    st.lists(st.sampled_from(list(StopReason)), max_size=8), st.integers(1, 10), st.integers(1, 3), st.integers(0, 50))
 def test_fallback_law(reasons, needed, divergence, seed):
     tree = grown(reasons)
     starts = random_segment(tree.trajectories, tree.root, needed=needed, divergence=divergence, rng=random.Random(seed))
@@ -57,8 +57,9 @@ def test_fallback_law(reasons, needed, divergence, seed):
 def test_cuts_are_uniform_over_boundaries():
     tree = grown([StopReason.EOS], depth=4)
     rng = random.Random(0)
-    depths = [random_segment(tree.trajectories, tree.root, needed=1, divergence=1, rng=rng)[0][0].depth
-              for _ in range(4000)]
+    depths = [
+        random_segment(tree.trajectories, tree.root, needed=1, divergence=1, rng=rng)[0][0].depth for _ in range(4000)
+    ]
     assert set(depths) == {0, 1, 2, 3}
     assert all(abs(depths.count(d) - 1000) < 150 for d in range(4))
 

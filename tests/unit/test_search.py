@@ -146,8 +146,9 @@ def test_fallback_starts_from_prefixes_of_answers_or_else_from_the_root():
     fallen = [p for p in search.tree.trajectories if p.fallback_from is not None]
     assert fallen and all(0 <= p.fallback_from < 12 for p in fallen)
 
-    cut = grow(make_search(TreeConfig(segment_length=4, max_depth=1, root_divergence=1), 5),
-               answer=lambda r: Segment([7] * r.max_tokens, [0.0] * r.max_tokens))
+    cut = grow(
+        make_search(TreeConfig(segment_length=4, max_depth=1, root_divergence=1), 5),
+        answer=lambda r: Segment([7] * r.max_tokens, [0.0] * r.max_tokens))
     assert [p.fallback_from for p in cut.tree.trajectories] == [None, -1, -1, -1, -1]
 
 

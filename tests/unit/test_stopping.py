@@ -67,7 +67,6 @@ def test_an_answer_comes_first():
 ])
 def test_hostile_text_costs_linear_time(make):
     """Eight times the text may not cost much more than eight times the work (a quadratic check costs 64 times)."""
-
     def cost(n: int) -> float:
         text = make(n)
         best = float('inf')

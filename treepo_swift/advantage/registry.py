@@ -10,7 +10,6 @@ TreePath = Sequence[Hashable]
 
 
 class AdvantageEstimator(Protocol):
-
     def __call__(self, paths: Sequence[TreePath], rewards: Sequence[float], **options: Any) -> list[float]:
         """Return one advantage per trajectory, before normalisation."""
 
@@ -28,8 +27,13 @@ def check_estimator(name: str) -> None:
     _estimators[name]
 
 
-def estimate(paths: Sequence[TreePath], rewards: Sequence[float], *, estimator: str = 'treepo',
-             weighting: str = 'average', reject_flat_subgroups: bool = False, include_root: bool = True,
+def estimate(paths: Sequence[TreePath],
+             rewards: Sequence[float],
+             *,
+             estimator: str = 'treepo',
+             weighting: str = 'average',
+             reject_flat_subgroups: bool = False,
+             include_root: bool = True,
              count_chains: str = 'per_depth') -> list[float]:
     """Advantages of a batch of trajectories, one float each, not yet whitened.
 
@@ -48,5 +52,9 @@ def estimate(paths: Sequence[TreePath], rewards: Sequence[float], *, estimator: 
         if not path:
             raise ValueError(f'paths[{index}] is empty: a path begins with its tree id.')
     return _estimators[estimator](
-        paths, rewards, weighting=weighting, reject_flat_subgroups=reject_flat_subgroups, include_root=include_root,
+        paths,
+        rewards,
+        weighting=weighting,
+        reject_flat_subgroups=reject_flat_subgroups,
+        include_root=include_root,
         count_chains=count_chains)

@@ -10,8 +10,12 @@ CHAIN_COUNTS = ('per_depth', 'per_fork')
 
 
 @register_advantage('treepo')
-def treepo(paths: Sequence[TreePath], rewards: Sequence[float], *, weighting: str = 'average',
-           reject_flat_subgroups: bool = False, include_root: bool = True,
+def treepo(paths: Sequence[TreePath],
+           rewards: Sequence[float],
+           *,
+           weighting: str = 'average',
+           reject_flat_subgroups: bool = False,
+           include_root: bool = True,
            count_chains: str = 'per_depth') -> list[float]:
     """Subgroup advantage of TreePO (arXiv 2508.17445).
 

@@ -9,7 +9,6 @@ from ..tree import Path
 
 
 class BranchingPolicy(Protocol):
-
     def __call__(self, live: Sequence[Path], total: int, rng: random.Random) -> list[int]:
         """Split `total` >= len(live) branches over the live paths, at least one each."""
 
