@@ -30,7 +30,9 @@ class TreeGRPOConfig(GRPOConfig):
     """swift's GRPO arguments, refused where they contradict the tree's before any model loads."""
     def __post_init__(self) -> None:
         super().__post_init__()
-        TreeConfig.load().check_fits(self.max_completion_length, '--max_completion_length')
+        config = TreeConfig.load()
+        if config != TreeConfig():  # defaults may belong to a run whose server grows no trees; see prepare_rollout
+            config.check_fits(self.max_completion_length, '--max_completion_length')
         if self.vllm_mode == 'colocate' and getattr(self, 'multi_turn_scheduler', None) in SCHEDULER_NAMES:
             raise ConfigError('--vllm_mode colocate: trees grow in `swift rollout` only, which is --vllm_mode server.')
 
@@ -59,6 +61,7 @@ class TreeGRPOTrainer(GRPOTrainer):
             logger.warning('treepo: no rollout server grows trees, so this run is plain GRPO. For trees, start '
                            '`swift rollout` with the plugin and --multi_turn_scheduler treepo.')
             return
+        self.tree_config.check_fits(self.max_completion_length, '--max_completion_length')
         for url, engine in engines:
             self.tree_config.check_fits(engine['max_model_len'], f'--vllm_max_model_len of {url}')
         if self.kl_in_reward and self.beta != 0.0:
@@ -66,7 +69,7 @@ class TreeGRPOTrainer(GRPOTrainer):
                               'Leave it out and use --beta, which adds the KL term to the loss.')
         if self.advantage_estimator != 'grpo':
             raise ConfigError(f'--advantage_estimator {self.advantage_estimator}: with trees the estimator is set in '
-                              f'{REQUEST_KEY}\'s config (estimator: {self.tree_config.estimator}). Leave the flag out.')
+                              f'the tree config (now {self.tree_config.estimator!r}). Leave the flag out.')
         if self.template.sequence_parallel_size > 1:
             raise ConfigError('--sequence_parallel_size > 1 is not supported with trees in this version.')
         if self.tree_config.verify_weight_sync:

@@ -50,11 +50,11 @@ class WeightSyncProof:
         self.drift = _mean_gap(trainer, self._first)
         if not self.gap <= self.tolerance:
             raise WeightSyncError(
-                f'{where}: the server does not sample from the trainer\'s weights. Log-probs of a fixed text differ '
-                f'by {self.gap:.4g} nats per token, where {self.tolerance:g} is allowed (the policy itself has moved by '
-                f'{self.drift:.4g} since the first sync). A weight sync failed, and swift\'s server does not tell: look '
-                'for an exception in the rollout server\'s log. Restart it before you train on. If both sides run in '
-                'different precisions by intention, set TREEPO_VERIFY_WEIGHT_SYNC=false.')
+                f'{where}: the server does not sample from the trainer\'s weights. Log-probs of a fixed text differ by '
+                f'{self.gap:.4g} nats per token, {self.tolerance:g} is allowed (the policy itself has moved by '
+                f'{self.drift:.4g} since the first sync). A weight sync failed, and swift\'s server does not tell: '
+                'look for an exception in the rollout server\'s log. Restart it before you train on. If both sides '
+                'run in different precisions by intention, set TREEPO_VERIFY_WEIGHT_SYNC=false.')
         self.proven = self.proven or self.drift >= PROOF_FACTOR * self.tolerance
 
 

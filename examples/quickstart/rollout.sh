@@ -17,4 +17,5 @@ swift rollout \
     --vllm_max_model_len 384 \
     --vllm_engine_kwargs '{"block_size": 32}' \
     --host 127.0.0.1 \
-    --port "${PORT:-8000}"
+    --port "${PORT:-8000}" \
+    "$@"

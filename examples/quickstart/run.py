@@ -31,8 +31,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f'--steps {args.steps}: must be at least 1')
-    # A polite kill ends the children too, like Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends the children too, like Ctrl-C
     from services import ServiceFailed
     try:
         quickstart(args)

@@ -46,4 +46,5 @@ swift rlhf \
     --save_only_model true \
     --output_dir "${OUTPUT:-output/quickstart/train}" \
     --add_version false \
-    --report_to none
+    --report_to none \
+    "$@"

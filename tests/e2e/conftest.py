@@ -67,14 +67,14 @@ def serve(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[...,
 
 @pytest.fixture
 def train(environment: dict[str, str], tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """Run quickstart's train.sh (or what `script` says) against a port and return what it printed."""
+    """Run quickstart's train.sh (or what `script` says) with more arguments and return what it printed."""
     def run(port: int,
-            *,
+            *args: str,
             script: Path = QUICKSTART / 'train.sh',
             steps: int = 3,
             **env: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            ['bash', str(script)],
+            ['bash', str(script), *args],
             capture_output=True,
             text=True,
             timeout=400,

@@ -60,7 +60,12 @@ def score(port: int, ids: list[int]) -> torch.Tensor:
 def test_training_on_trees(serve, train, model, tmp_path, capsys):
     """Trees grow, train, save tokens; the server follows every weight; tokens and log-probs are exact."""
     port = serve()
-    result = train(port, steps=3, SAVE_STEPS='1')
+    evaluation = [
+        '--val_dataset',
+        str(model / 'heldout.jsonl'), '--eval_strategy', 'steps', '--eval_steps', '2', '--per_device_eval_batch_size',
+        '8', '--num_generations_eval', '1'
+    ]
+    result = train(port, *evaluation, steps=3, SAVE_STEPS='1')
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert 'weight sync is proven' in result.stdout + result.stderr
     out = tmp_path / 'train'
@@ -72,6 +77,10 @@ def test_training_on_trees(serve, train, model, tmp_path, capsys):
     assert len(rows) == 3
     assert all(row['tree/trees'] == 8 and row['tree/failures'] == 0 for row in rows)
     assert all(0 < row['tree/decoded_tokens'] < row['tree/independent_tokens'] for row in rows)
+    evaluated = [
+        row for row in map(json.loads, (out / 'logging.jsonl').read_text().splitlines()) if 'eval_reward' in row
+    ]
+    assert evaluated and not any(key.startswith(('tree/', 'eval_tree/')) for row in evaluated for key in row)
     share = max(row['tree/scheduler_cpu_share'] for row in rows)
     with capsys.disabled():
         print(f'\nscheduler CPU time: at most {share:.1%} of a rollout\'s wall time; '
