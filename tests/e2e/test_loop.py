@@ -88,16 +88,16 @@ def test_training_on_trees(serve, train, model, tmp_path, capsys):
     assert share < 0.05
     assert TreeConfig.from_dict(yaml.safe_load((out / 'treepo_config.yaml').read_text())).max_depth == 8
 
-    # The last rollout used the weights after step 2. Every single tensor has moved, and the server with it.
-    before, after = load_file(model / 'model.safetensors'), load_file(out / 'checkpoint-2' / 'model.safetensors')
+    # The evaluation after step 3 sent the last weights. Every single tensor has moved, and the server with it.
+    before, after = load_file(model / 'model.safetensors'), load_file(out / 'checkpoint-3' / 'model.safetensors')
     assert set(before) == set(after) and all(not torch.equal(before[name], after[name]) for name in before)
     ids = AutoTokenizer.from_pretrained(model).encode(PROBE_TEXT)
     served = score(port, ids)
-    followed = (served - logprobs_of(out / 'checkpoint-2', ids)).abs().mean()
-    stale = (served - logprobs_of(out / 'checkpoint-1', ids)).abs().mean()
+    followed = (served - logprobs_of(out / 'checkpoint-3', ids)).abs().mean()
+    stale = (served - logprobs_of(out / 'checkpoint-2', ids)).abs().mean()
     assert followed < 1e-4 and stale > 100 * followed
 
-    exact_tokens(port, out / 'checkpoint-2')
+    exact_tokens(port, out / 'checkpoint-3')
 
 
 def exact_tokens(port: int, weights: Path) -> None:
