@@ -1,10 +1,24 @@
-"""Advantages from trees: which fork earned the reward. One estimator a file, a registry, and whitening.
+"""Advantages from trees: which fork earned the reward. One estimator a file, a registry, and normalisation.
 
 ``paths[i] = [tree_id, node_1, ..., node_n]`` and ``rewards[i]`` describe trajectory i; the subgroup of i at depth j
-is every trajectory whose path begins with the same j + 1 ids.
+is every trajectory whose path begins with the same j + 1 ids. Trajectory-level estimators give one value per
+trajectory (`estimate`), segment-level ones one per node after the root (`estimate_segments`).
 """
-from .registry import AdvantageEstimator, estimate, register_advantage
+from .grpo import grpo
+from .normalisation import normalise
+from .progress import progress
+from .registry import (AdvantageEstimator, SegmentAdvantageEstimator, check_estimator, estimate, estimate_segments,
+                       is_segment_level, register_advantage)
+from .reinforce_plus_plus import reinforce_plus_plus
+from .rloo import rloo
+from .spo import spo
+from .subgroups import Subgroups
 from .treepo import treepo
+from .treerl import treerl
 from .whitening import whiten
 
-__all__ = ['AdvantageEstimator', 'estimate', 'register_advantage', 'treepo', 'whiten']
+__all__ = [
+    'AdvantageEstimator', 'SegmentAdvantageEstimator', 'Subgroups', 'check_estimator', 'estimate', 'estimate_segments',
+    'grpo', 'is_segment_level', 'normalise', 'progress', 'register_advantage', 'reinforce_plus_plus', 'rloo', 'spo',
+    'treepo', 'treerl', 'whiten'
+]

@@ -1,0 +1,314 @@
+"""Golden values and laws of every advantage estimator and normalisation."""
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from treepo_swift.advantage import (check_estimator, estimate, estimate_segments, is_segment_level, normalise,
+                                    register_advantage, whiten)
+
+TRAJECTORY_LEVEL = ['treepo', 'grpo', 'rloo', 'reinforce_plus_plus']
+SEGMENT_LEVEL = ['progress', 'spo', 'treerl']
+ESTIMATORS = TRAJECTORY_LEVEL + SEGMENT_LEVEL
+NORMALISATIONS = ['whiten', 'group', 'none']
+
+#        u (.5)
+#       /      \
+#   a (1/3)    b (1)
+#   /     \       \
+# c (.5)  d (0)    e (1)
+# /   \
+# f 1  g 0
+PATHS = [['u', 'a', 'c', 'f'], ['u', 'a', 'c', 'g'], ['u', 'a', 'd'], ['u', 'b', 'e']]
+REWARDS = [1.0, 0.0, 0.0, 1.0]
+EPS = 1e-4
+
+
+def flat(segments):
+    return [value for values in segments for value in values]
+
+
+def values_of(estimator, paths, rewards, **options):
+    """One list per trajectory, whatever the level."""
+    return estimate_segments(paths, rewards, estimator=estimator, **options)
+
+
+# Golden values.
+
+Z = math.sqrt(1 / 2)  # of two siblings, whose std is their distance / sqrt(2)
+
+
+def z(distance):
+    """z-score of the better of two siblings."""
+    return distance / 2 / (distance * Z + EPS)
+
+
+@pytest.mark.parametrize('estimator, expected', [
+    ('treepo', [(.5 + 2 / 3 + .5) / 3, (-.5 - 1 / 3 - .5) / 3, (-.5 - 1 / 3) / 2, .5]),
+    ('grpo', [g / (math.sqrt(1 / 3) + EPS) for g in (.5, -.5, -.5, .5)]),
+    ('rloo', [2 / 3, -2 / 3, -2 / 3, 2 / 3]),
+    ('reinforce_plus_plus', [.5, -.5, -.5, .5]),
+])
+def test_golden_values_of_trajectories(estimator, expected):
+    assert estimate(PATHS, REWARDS, estimator=estimator) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize('estimator, expected', [
+    ('progress', [[-1 / 6, 1 / 6, .5], [-1 / 6, 1 / 6, -.5], [-1 / 6, -1 / 3], [.5, 0]]),
+    ('spo', [[-z(2 / 3), z(.5), z(1)], [-z(2 / 3), z(.5), -z(1)], [-z(2 / 3), -z(.5)], [z(2 / 3), 0]]),
+    ('treerl', [[-1 / 3 / math.sqrt(3), 1 / 6 / math.sqrt(2), 1.0], [-1 / 3 / math.sqrt(3), 1 / 6 / math.sqrt(2), -1.0],
+                [-1 / 3 / math.sqrt(3), -.5 - 1 / 3], [1.0, .5]]),
+])
+def test_golden_values_of_segments(estimator, expected):
+    for mine, theirs in zip(estimate_segments(PATHS, REWARDS, estimator=estimator), expected, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-12)
+
+
+def test_spo_of_three_siblings_counts_each_once():
+    paths = [['u', 1, 4], ['u', 1, 5], ['u', 2], ['u', 3]]
+    values = [.75, 0.0, .3]  # 1 is the mean of .5 and 1
+    mean, std = statistics.mean(values), statistics.stdev(values)
+    result = estimate_segments(paths, [.5, 1.0, 0.0, .3], estimator='spo')
+    assert [result[i][0] for i in (0, 2, 3)] == pytest.approx([(v - mean) / (std + EPS) for v in values])
+    assert result[0][0] == result[1][0]
+
+
+def test_the_same_id_under_two_parents_is_two_nodes():
+    assert estimate_segments([['u', 1, 3], ['u', 2, 3]], [1.0, 0.0]) == [[.5, 0], [-.5, 0]]
+
+
+@pytest.mark.parametrize('estimator', ESTIMATORS)
+def test_a_tree_of_one_trajectory(estimator):
+    reward = .7 if estimator == 'treepo' else 0.0
+    assert values_of(estimator, [['u', 1, 2]], [.7]) == [[reward, reward]]
+    assert values_of(estimator, [['u']], [.7]) == [[]]
+    for how in NORMALISATIONS[:2]:
+        assert normalise([reward, reward], [4, 4], ['u', 'u'], how=how) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize('estimator', ESTIMATORS)
+def test_an_empty_batch(estimator):
+    assert values_of(estimator, [], []) == []
+    for how in NORMALISATIONS:
+        assert normalise([], [], [], how=how) == []
+
+
+# Levels and the registry.
+
+
+def test_levels():
+    assert [is_segment_level(name) for name in ESTIMATORS] == [False] * 4 + [True] * 3
+    for name in ESTIMATORS:
+        check_estimator(name)
+    assert estimate_segments(PATHS, REWARDS, estimator='rloo')[0] == pytest.approx([2 / 3] * 3)
+    with pytest.raises(ValueError, match="'progress' gives one value per segment: call estimate_segments"):
+        estimate(PATHS, REWARDS, estimator='progress')
+    with pytest.raises(ValueError, match="Unknown advantage estimator 'nope': allowed are grpo, .*treerl"):
+        is_segment_level('nope')
+    with pytest.raises(ValueError, match="level='token'.*allowed are trajectory, segment"):
+        register_advantage('test_token', level='token')
+
+
+def test_users_register_segment_estimators():
+    @register_advantage('test_depth', level='segment')
+    def depth(paths, rewards, **options):
+        return [[float(i) for i in range(len(path) - 1)] for path in paths]
+
+    assert estimate_segments(PATHS, REWARDS, estimator='test_depth')[2] == [0, 1]
+
+
+@pytest.mark.parametrize('name, level, result, message', [
+    ('test_short', 'trajectory', [1.0], "'test_short' returned 1 results for 4 paths"),
+    ('test_lists', 'segment', [[1.0]] * 4, r"'test_lists' returned 1 values for paths\[0\], which has 3 nodes"),
+    ('test_nan', 'trajectory', [math.nan] * 4, "'test_nan' returned a value that is not finite"),
+])
+def test_a_result_that_does_not_fit_names_its_estimator(name, level, result, message):
+    register_advantage(name, level=level)(lambda paths, rewards, **options: result)
+    with pytest.raises(ValueError, match=message):
+        estimate_segments(PATHS, REWARDS, estimator=name)
+
+
+@pytest.mark.parametrize('reward', [math.nan, math.inf, -math.inf, None])
+def test_a_reward_that_is_not_finite_is_named(reward):
+    for call, estimator in ((estimate, 'grpo'), (estimate_segments, 'progress')):
+        with pytest.raises(ValueError, match=rf'rewards\[2\] is {reward}'):
+            call(PATHS, [1.0, 0.0, reward, math.nan], estimator=estimator)
+
+
+# Laws.
+
+OPTIONS = st.fixed_dictionaries({
+    'weighting': st.sampled_from(['average', 'size']),
+    'reject_flat_subgroups': st.booleans(),
+    'include_root': st.booleans(),
+    'count_chains': st.sampled_from(['per_depth', 'per_fork'])
+})
+REWARD = st.integers(0, 4).map(lambda n: n / 4)
+LAW = settings(max_examples=60, deadline=None)
+
+
+def forests(max_size=24, trees=3, reward=REWARD):
+    """Lists of (steps from the root, reward, tree id); trajectories may share a whole path, or end inside another."""
+    steps = st.lists(st.integers(0, 2), max_size=4).map(tuple)
+    return st.lists(st.tuples(steps, reward, st.integers(0, trees - 1)), min_size=1, max_size=max_size)
+
+
+def build(forest):
+    return [[tree, *(steps[:k + 1] for k in range(len(steps)))] for steps, _, tree in forest], [r for _, r, _ in forest]
+
+
+def has_baseline(estimator, paths):
+    """`treepo` alone compares the only trajectory of a tree with 0."""
+    trees = [path[0] for path in paths]
+    return [estimator != 'treepo' or trees.count(tree) > 1 for tree in trees]
+
+
+@pytest.mark.parametrize('estimator', ESTIMATORS)
+@given(forest=forests(), options=OPTIONS, shift=st.sampled_from([-3.0, .5, 64.0]))
+@LAW
+def test_adding_a_constant_to_all_rewards_changes_nothing(estimator, forest, options, shift):
+    paths, rewards = build(forest)
+    before = values_of(estimator, paths, rewards, **options)
+    after = values_of(estimator, paths, [r + shift for r in rewards], **options)
+    for a, b, based in zip(before, after, has_baseline(estimator, paths), strict=True):
+        if based:
+            assert a == pytest.approx(b, abs=1e-9)
+
+
+@pytest.mark.parametrize('estimator', ESTIMATORS)
+@given(forest=forests(), options=OPTIONS, rng=st.randoms(use_true_random=False))
+@LAW
+def test_order_of_trajectories_and_names_of_nodes_change_nothing(estimator, forest, options, rng):
+    paths, rewards = build(forest)
+    order = rng.sample(range(len(paths)), len(paths))
+    names = {node: f'node {i}' for i, node in enumerate({node for path in paths for node in path})}
+    before = values_of(estimator, paths, rewards, **options)
+    after = values_of(estimator, [[names[node] for node in paths[i]] for i in order], [rewards[i] for i in order],
+                      **options)
+    for i, values in zip(order, after, strict=True):
+        assert values == pytest.approx(before[i], abs=1e-9)
+
+
+@pytest.mark.parametrize('estimator', ESTIMATORS)
+@given(forest=forests(), options=OPTIONS)
+@LAW
+def test_a_gathered_batch_equals_each_tree_alone(estimator, forest, options):
+    paths, rewards = build(forest)
+    together = values_of(estimator, paths, rewards, **options)
+    for tree in {path[0] for path in paths}:
+        members = [i for i, path in enumerate(paths) if path[0] == tree]
+        alone = values_of(estimator, [paths[i] for i in members], [rewards[i] for i in members], **options)
+        for i, values in zip(members, alone, strict=True):
+            assert together[i] == pytest.approx(values, abs=1e-12)
+
+
+@pytest.mark.parametrize('estimator', ESTIMATORS)
+@given(forest=forests(), options=OPTIONS, reward=st.sampled_from([0.0, .3, -1.1, 1e6 + .1]))
+@LAW
+def test_a_flat_batch_gives_zeros(estimator, forest, options, reward):
+    paths, _ = build(forest)
+    assume(all(has_baseline(estimator, paths)))
+    segments = values_of(estimator, paths, [reward] * len(paths), **options)
+    values, trees = flat(segments), [path[0] for path in paths for _ in path[1:]]
+    assert values == [0.0] * len(values)
+    for how in NORMALISATIONS:
+        assert normalise(values, [3] * len(values), trees, how=how) == [0.0] * len(values)
+
+
+@pytest.mark.parametrize('estimator', ESTIMATORS)
+@given(forest=forests(max_size=8, trees=1, reward=st.integers(0, 10).map(lambda n: n / 10)), options=OPTIONS)
+@LAW
+def test_float32_rewards_agree(estimator, forest, options):
+    paths, rewards = build(forest)
+    rounded = np.asarray(rewards, dtype=np.float32).tolist()
+    expected = flat(values_of(estimator, paths, rewards, **options))
+    assert flat(values_of(estimator, paths, rounded, **options)) == pytest.approx(expected, abs=1e-5)
+
+
+@given(forest=forests())
+@LAW
+def test_progress_telescopes(forest):
+    paths, rewards = build(forest)
+    paths = [[*path, ('leaf', i)] for i, path in enumerate(paths)]
+    for path, reward, values in zip(paths, rewards, estimate_segments(paths, rewards), strict=True):
+        tree_mean = statistics.mean(r for p, r in zip(paths, rewards) if p[0] == path[0])
+        assert math.fsum(values) == pytest.approx(reward - tree_mean, abs=1e-12)
+
+
+@given(forest=forests(), options=OPTIONS)
+@LAW
+def test_treepo_equals_its_definition(forest, options):
+    """Against the formula written out, subgroup by subgroup."""
+    paths, rewards = build(forest)
+
+    def group(path, depth):
+        return [r for p, r in zip(paths, rewards) if p[:depth + 1] == path[:depth + 1]]
+
+    expected = []
+    for path, reward in zip(paths, rewards):
+        groups = [group(path, depth) for depth in range(len(path))]
+        used = [
+            g for above, g in zip(groups, groups[1:])
+            if len(g) > 1 and not (options['reject_flat_subgroups'] and len(set(g)) == 1)
+            and not (options['count_chains'] == 'per_fork' and len(g) == len(above))
+        ]
+        if options['include_root'] or not used:
+            used.append(groups[0])
+        weights = [len(g) if options['weighting'] == 'size' else 1 for g in used]
+        gaps = [reward - (statistics.mean(g) if len(g) > 1 else 0) for g in used]
+        expected.append(sum(w * gap for w, gap in zip(weights, gaps)) / sum(weights))
+    assert estimate(paths, rewards, **options) == pytest.approx(expected, abs=1e-12)
+
+
+# Normalisation.
+
+
+def test_group_divides_by_the_sample_std_of_each_tree():
+    values, trees = [1.0, -1.0, .5, 3.0, 1.0], ['a', 'a', 'a', 'b', 'b']
+    stds = {'a': statistics.stdev(values[:3]), 'b': statistics.stdev(values[3:])}
+    expected = [v / (stds[t] + 1e-8) for v, t in zip(values, trees)]
+    assert normalise(values, [9, 1, 4, 2, 2], trees, how='group') == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('how', NORMALISATIONS)
+def test_values_without_loss_tokens_get_zero_and_move_nothing(how):
+    values, lengths, trees = [1.0, -1.0, .5], [2, 3, 4], ['a', 'a', 'b']
+    alone = normalise(values, lengths, trees, how=how)
+    with_empty = normalise([*values, 100.0, -7.0], [*lengths, 0, 0], [*trees, 'a', 'c'], how=how)
+    assert with_empty == pytest.approx([*alone, 0, 0])
+
+
+def test_group_of_a_tree_without_contrast_is_zero():
+    assert normalise([.7, .7 + 1e-15, 5.0], [1, 1, 1], ['a', 'a', 'b'], how='group') == [0.0, 0.0, 0.0]
+
+
+def test_whiten_and_none():
+    values, lengths, trees = [1.0, -1.0, .5], [3, 1, 4], ['a', 'a', 'b']
+    for shift_mean in (True, False):
+        assert normalise(
+            values, lengths, trees, how='whiten', shift_mean=shift_mean) == whiten(
+                values, lengths, shift_mean=shift_mean)
+    assert normalise(values, lengths, trees, how='none') == values
+
+
+def test_bad_arguments_of_normalise_are_named():
+    with pytest.raises(ValueError, match="how='zscore': allowed are whiten, group, none"):
+        normalise([1.0], [1], ['a'], how='zscore')
+    with pytest.raises(ValueError, match='2 values with 1 lengths and 2 trees'):
+        normalise([1.0, 2.0], [1], ['a', 'a'], how='none')
+
+
+def test_the_snippets_of_the_page_print_what_it_says(capsys):
+    page = (Path(__file__).parents[2] / 'docs' / 'estimators.md').read_text()
+    snippets = re.findall(r'```python\n(.*?)```\n\nprints\n\n```text\n(.*?)```', page, flags=re.DOTALL)
+    assert len(snippets) == page.count('```python') == 2
+    for code, printed in snippets:
+        exec(code, {})
+        assert capsys.readouterr().out == printed
