@@ -6,9 +6,10 @@ import random
 from typing import Callable, Sequence
 
 from treepo_swift.config import TreeConfig
-from treepo_swift.policies.stopping import check_text
-from treepo_swift.search import Limits, Segment, SegmentRequest, TreeSearch
-from treepo_swift.tree import StopReason, response_ids, response_text
+from treepo_swift.policies.stopping import TextChecker
+from treepo_swift.search import Limits, Segment, SegmentRequest, TreeSearch, text_verdict
+from treepo_swift.text import PathReader
+from treepo_swift.tree import StopReason, response_ids
 
 EOS = 0
 """Every other id is the byte of one character."""
@@ -22,12 +23,24 @@ def sample(context: Sequence[int], max_tokens: int, seed: int, *, eos_every: int
         number = int.from_bytes(digest, 'big')
         if number % eos_every == 0:
             ids.append(EOS)
-            return Segment(ids, [-1.0] * len(ids), StopReason.EOS, decode(ids))
+            return segment_of(ids, StopReason.EOS)
         if number % (2 * eos_every) == 1:
             ids += list(b'\\boxed{7}')[:max_tokens - len(ids)]
         else:
             ids.append(97 + number % 26)
-    return Segment(ids, [-1.0] * len(ids), None, decode(ids))
+    return segment_of(ids)
+
+
+def segment_of(ids: list[int], stop: StopReason | None = None) -> Segment:
+    return Segment(ids, logprobs(ids), stop, entropies(ids))
+
+
+def logprobs(ids: Sequence[int]) -> list[float]:
+    return [-(token % 7) / 4 for token in ids]
+
+
+def entropies(ids: Sequence[int]) -> list[float]:
+    return [token % 5 / 3 for token in ids]
 
 
 def decode(ids: Sequence[int]) -> str:
@@ -59,9 +72,14 @@ def grow(search: TreeSearch,
     def default(request: SegmentRequest) -> Segment:
         return sample(search.tree.prompt_ids + response_ids(request.prefix), request.max_tokens, request.seed)
 
-    waiting = search.start()
+    reader = PathReader(decode, TextChecker(search.config), [])
+    share = search.config.budget_tokens
+    waiting = search.start(share)
     steps = 0
-    while waiting:
+    while waiting or search.waiting:
+        if search.waiting and not waiting:
+            waiting = search.resume(share)
+            continue
         steps += 1
         assert steps < 100_000, 'the search does not end'
         request = waiting.pop(order.randrange(len(waiting)) if order else 0)
@@ -72,5 +90,5 @@ def grow(search: TreeSearch,
         if watch:
             watch(request, segment)
         path = search.extend(request.id, segment)
-        waiting += search.settle(request.id, check_text(response_text(path.leaf), search.config))
+        waiting += search.settle(request.id, text_verdict(reader.state(path.leaf), path, search.config))
     return search

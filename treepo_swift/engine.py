@@ -43,6 +43,8 @@ class EngineInfo:
     max_model_len: int
     block_size: int
     """Tokens of a KV block: prefixes are reused in whole blocks."""
+    max_logprobs: int = 0
+    """Most log-probs per token that can be asked for; 0 where the engine returns only the sampled token's."""
 
 
 class SegmentEngine(Protocol):
@@ -54,8 +56,8 @@ class SegmentEngine(Protocol):
     async def encode(self, request: RolloutInferRequest) -> Prompt:
         """Turn messages (and images, tools) into token ids. Raises whatever the template raises."""
 
-    async def begin_batch(self, request_config: RequestConfig) -> None:
-        """Fix the sampling parameters of the segments to come."""
+    async def begin_batch(self, request_config: RequestConfig, *, top_logprobs: int = 0) -> None:
+        """Fix the sampling parameters of the segments to come; with `top_logprobs` they come with entropies."""
 
     async def generate(self, prompt: Prompt, response_ids: Sequence[int], *, max_tokens: int,
                        seed: int | None) -> Segment:
@@ -84,6 +86,14 @@ def check_request_config(request_config: RequestConfig) -> None:
                              'the tokens of one request, which is one segment. Set it to 0.')
 
 
+def entropy(logprobs: Sequence[float]) -> float:
+    """Entropy in nats of a distribution of which only these outcomes are known; the rest counts as one more."""
+    known = [(math.exp(value), value) for value in logprobs if value > -math.inf]
+    rest = 1 - math.fsum(p for p, _ in known)
+    total = -math.fsum(p * value for p, value in known)
+    return total - (rest * math.log(rest) if rest > 1e-12 else 0.0)
+
+
 class VllmSegmentEngine:
     """`SegmentEngine` over swift's `GRPOVllmEngine` with vLLM's async engine below it."""
     def __init__(self, engine: GRPOVllmEngine) -> None:
@@ -95,9 +105,11 @@ class VllmSegmentEngine:
         self.info = EngineInfo(
             model=str(engine.model_dir),
             max_model_len=int(config.model_config.max_model_len),
-            block_size=int(config.cache_config.block_size))
+            block_size=int(config.cache_config.block_size),
+            max_logprobs=int(config.model_config.max_logprobs))
         self._encoders = ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix='treepo-encode')
         self._sampling: Any = None
+        self._with_entropies = False
         self.stop_strings: list[str] = []
         self._stop_ids: set[int] = set()
         self._lora: Any = None
@@ -109,14 +121,16 @@ class VllmSegmentEngine:
         inputs = await loop.run_in_executor(self._encoders, template.encode, request, True)
         return Prompt(list(inputs['input_ids']), inputs)
 
-    async def begin_batch(self, request_config: RequestConfig) -> None:
+    async def begin_batch(self, request_config: RequestConfig, *, top_logprobs: int = 0) -> None:
         from vllm.sampling_params import RequestOutputKind
         check_request_config(request_config)
         config = copy.copy(request_config)
         config.logprobs, config.seed = True, None
+        config.top_logprobs = top_logprobs or None
         sampling = self._engine._prepare_generation_config(config)
         self._engine._add_stop_words(sampling, config)
         sampling.output_kind = RequestOutputKind.FINAL_ONLY
+        self._with_entropies = top_logprobs > 0
         self._sampling = sampling
         self.stop_strings = list(request_config.stop or [])
         self._stop_ids = set(self._engine._get_stop_token_ids(self.stop_strings))
@@ -134,7 +148,11 @@ class VllmSegmentEngine:
         logprobs = [step[token].logprob for step, token in zip(completion.logprobs, token_ids, strict=True)]
         if not all(map(math.isfinite, logprobs)):
             raise EngineError('the engine returned a log-prob that is not finite')
-        return Segment(token_ids, logprobs, self._stop_reason(completion.finish_reason, completion.stop_reason))
+        entropies = None
+        if self._with_entropies:
+            entropies = [entropy([value.logprob for value in step.values()]) for step in completion.logprobs]
+        stop = self._stop_reason(completion.finish_reason, completion.stop_reason)
+        return Segment(token_ids, logprobs, stop, entropies)
 
     async def score(self, token_ids: list[int]) -> list[float]:
         from vllm import SamplingParams

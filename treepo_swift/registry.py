@@ -13,9 +13,12 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files its target under ``name``; a taken name raises ``ValueError``."""
+        """Decorator that files its target under ``name``; a taken name raises ``ValueError``.
+
+        A plugin file that is imported twice registers the same function of the same module again, which is fine.
+        """
         def add(entry: T) -> T:
-            if self._entries.get(name, entry) is not entry:
+            if _origin(self._entries.get(name, entry)) != _origin(entry):
                 raise ValueError(f'{self.kind} {name!r} is registered already: choose another name.')
             self._entries[name] = entry
             return entry
@@ -29,3 +32,7 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
+
+
+def _origin(entry: object) -> tuple[str, str]:
+    return getattr(entry, '__module__', ''), getattr(entry, '__qualname__', repr(entry))

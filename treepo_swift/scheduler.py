@@ -12,46 +12,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Iterator, Sequence
 
-from swift.infer_engine.protocol import (ChatCompletionResponse, ChatCompletionResponseChoice, ChatMessage,
-                                         RequestConfig, RolloutInferRequest, RolloutOutput, UsageInfo)
+from swift.infer_engine.protocol import ChatCompletionResponseChoice, RequestConfig, RolloutInferRequest, RolloutOutput
 from swift.rollout import MultiTurnScheduler
 from swift.utils import get_logger
 from tqdm import tqdm
 
-from .config import TreeConfig
+from .config import ConfigError, TreeConfig
 from .engine import EngineError, Prompt, SegmentEngine, VllmSegmentEngine, check_request_config
 from .grouping import Group, group_requests, prompt_key
 from .hooks import HookError, HookRunner
-from .policies.stopping import check_text, first_stop_string
-from .search import Limits, Segment, SegmentRequest, TreeSearch
-from .transport import REPORT_KEY, REQUEST_KEY, RequestNote, tree_report
-from .tree import Node, Path, StopReason, last_ids, response_ids, response_logprobs, response_text
+from .outputs import OutputWriter, RolloutError, RolloutFailure
+from .policies.stopping import TextChecker
+from .search import Limits, Segment, SegmentRequest, TreeSearch, check_policies, text_verdict
+from .tasks import Rendezvous, all_or_cancel
+from .text import PathReader
+from .transport import REPORT_KEY, REQUEST_KEY, RequestNote
+from .tree import Path, StopReason, response_ids
 
 logger = get_logger()
 
-TAIL_TOKENS = 8
-"""Tokens decoded again before a segment, so that characters that span segments come out whole."""
-
 SWIFT_PLACEHOLDER = [{'role': 'user', 'content': '<placeholder>'}]
 """What swift sends to a server that has no requests this time, to ignore the answer."""
-
-
-class RolloutError(RuntimeError):
-    """A rollout that can not be delivered; the message says why and what to do."""
-
-
-class RolloutFailure:
-    """What `async_infer` returns instead of outputs when a rollout failed.
-
-    swift's worker logs an exception and sends None, of which the trainer sees a bare "500 Internal Server Error".
-    This object is iterated in the server's process, where it becomes a 500 that carries the message.
-    """
-    def __init__(self, message: str) -> None:
-        self.message = message
-
-    def __iter__(self) -> Iterator[RolloutOutput]:
-        from fastapi import HTTPException
-        raise HTTPException(status_code=500, detail=self.message)
 
 
 @dataclass(slots=True)
@@ -90,6 +71,7 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         self.config = self._default
         self._engine = VllmSegmentEngine(infer_engine) if segment_engine is None and infer_engine else segment_engine
         self._hooks = HookRunner()
+        self._reader: PathReader | None = None
         self._warned: set[str] = set()
         self._cpu_seconds = 0.0
 
@@ -102,7 +84,8 @@ class TreeRolloutScheduler(MultiTurnScheduler):
             path: the growing path; ``path.leaf.lineage()`` are its segments.
             text: its whole response so far.
         """
-        return check_text(text, self.config)
+        checker = TextChecker(self.config)
+        return text_verdict(checker.feed(checker.start(), text), path, self.config)
 
     def check_finished(self, infer_request: RolloutInferRequest, response_choice: ChatCompletionResponseChoice,
                        current_turn: int) -> bool:
@@ -155,21 +138,30 @@ class TreeRolloutScheduler(MultiTurnScheduler):
             if notes[0].mode == 'tree':
                 self._check_config(self.config)
             groups = self._group(requests, notes)
-        await self._engine.begin_batch(request_config)
+            self._check_budget(groups)
+        await self._engine.begin_batch(
+            request_config, top_logprobs=self.config.entropy_top_k if self.config.branching == 'entropy' else 0)
+        self._reader = PathReader(self._engine.decode, TextChecker(self.config), self._engine.stop_strings)
         groves = await asyncio.gather(*(self._plant(group, requests, notes, request_config) for group in groups))
+        rendezvous = Rendezvous(len(groves))
         with tqdm(
                 total=len(requests),
                 desc='trajectories',
                 dynamic_ncols=True,
                 disable=not (len(requests) > 1 if use_tqdm is None else use_tqdm)) as bar:
             seeded = request_config.seed is not None
-            await _all_or_cancel([self._grow(grove, seeded, bar) for grove in groves])
+            await all_or_cancel([self._grow(grove, seeded, rendezvous, bar) for grove in groves])
         self._check_failures(groves)
         outputs: list[RolloutOutput] = [None] * len(requests)  # type: ignore[list-item]
         with self._timed():
             for grove in groves:
                 for index, position in enumerate(grove.group.members):
-                    outputs[position] = self._output(grove, index, requests[position])
+                    outputs[position] = self._writer.trajectory(
+                        requests[position],
+                        grove.prompt,
+                        grove.search.tree,
+                        index,
+                        with_report=grove.note.mode == 'tree')
         if REPORT_KEY in outputs[0].rollout_infos:
             outputs[0].rollout_infos[REPORT_KEY]['batch'] = {
                 'seconds': time.perf_counter() - started,
@@ -196,11 +188,23 @@ class TreeRolloutScheduler(MultiTurnScheduler):
     def _check_config(self, config: TreeConfig) -> None:
         info = self._engine.info
         config.check_fits(info.max_model_len, '--vllm_max_model_len')
+        check_policies(config)
+        TextChecker(config)
+        if config.branching == 'entropy' and config.entropy_top_k > info.max_logprobs:
+            raise ConfigError(f'entropy_top_k={config.entropy_top_k}: this server returns at most {info.max_logprobs} '
+                              'log-probs per token. Lower it, or start `swift rollout` with --vllm_engine_kwargs '
+                              '\'{"max_logprobs": ...}\'.')
         if config.segment_length % info.block_size:
             self._warn_once(
                 f'segment_length={config.segment_length} is not a multiple of the engine\'s KV block of '
                 f'{info.block_size} tokens: every fork computes the tokens of its last, partial block again. '
                 'Set segment_length to a multiple of it, or --vllm_engine_kwargs \'{"block_size": ...}\' to a divisor.')
+
+    def _check_budget(self, groups: Sequence[Group]) -> None:
+        needed = len(groups) * self.config.segment_length
+        if self.config.budget == 'by_segment_tokens' and self.config.budget_tokens < needed:
+            raise ConfigError(f'budget_tokens={self.config.budget_tokens}: {len(groups)} prompts of a batch need at '
+                              f'least a segment of {self.config.segment_length} tokens each, {needed} in all.')
 
     def _group(self, requests: Sequence[RolloutInferRequest], notes: Sequence[RequestNote]) -> list[Group]:
         keys = [
@@ -227,13 +231,8 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         max_response = request_config.max_tokens or info.max_model_len
         if len(group.members) == 1:
             # Plain sampling: one request to the end, no early stop.
-            config = dataclasses.replace(
-                config,
-                segment_length=max_response,
-                max_depth=1,
-                root_divergence=1,
-                stop_at_answer=False,
-                stop_at_repetition=False)
+            config = TreeConfig(
+                seed=config.seed, segment_length=max_response, max_depth=1, answer='none', stop_at_repetition=False)
         prompt, error = Prompt([], {}), None
         try:
             prompt = await self._engine.encode(request)
@@ -246,12 +245,13 @@ class TreeRolloutScheduler(MultiTurnScheduler):
             prompt_ids=prompt.token_ids,
             width=len(group.members),
             limits=Limits(max_response, info.max_model_len),
-            rng=rng)
+            rng=rng,
+            progress=note.progress)
         if error:
             search.give_up(error)
         return _Grove(group, request, note, prompt, search)
 
-    async def _grow(self, grove: _Grove, seeded: bool, bar: tqdm) -> None:
+    async def _grow(self, grove: _Grove, seeded: bool, rendezvous: Rendezvous, bar: tqdm) -> None:
         """Drive one tree to its end. Whatever happens, no task of it outlives this call."""
         search, reported = grove.search, 0
         running: set[asyncio.Task] = set()
@@ -261,8 +261,13 @@ class TreeRolloutScheduler(MultiTurnScheduler):
 
         try:
             if not search.done:
-                launch(search.start())
-            while running:
+                launch(search.start(self.config.budget_tokens // rendezvous.members))
+            while running or search.waiting:
+                if not running:
+                    growing = await rendezvous.wait()
+                    with self._timed():
+                        launch(search.resume(self.config.budget_tokens // growing))
+                    continue
                 finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 running -= finished
                 for task in finished:
@@ -270,6 +275,7 @@ class TreeRolloutScheduler(MultiTurnScheduler):
                 bar.update(len(search.tree.trajectories) - reported)
                 reported = len(search.tree.trajectories)
         finally:
+            rendezvous.leave()
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
@@ -280,8 +286,11 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         try:
             segment = await self._ask_engine(grove.prompt, request, request.seed if seeded else None)
             with self._timed():
-                path = search.extend(request.id, self._with_text(request.prefix, segment))
+                path = search.extend(request.id, self._reader.cut_at_stop_string(request.prefix, segment))
             stop = search.stop_of(request.id, await self._check(grove, path))
+            if stop is StopReason.ANSWER and self.config.after_answer == 'cut' and segment.stop is None:
+                with self._timed():
+                    search.cut(request.id, self._reader.answer_length(path.leaf))
             if stop is not None:
                 await self._ask_finished(grove, path, stop)
         except (EngineError, HookError) as e:
@@ -300,42 +309,27 @@ class TreeRolloutScheduler(MultiTurnScheduler):
                     raise EngineError(f'{type(e).__name__}: {e} (after {attempt + 1} attempts)') from e
         raise AssertionError('unreachable')
 
-    def _with_text(self, prefix: Node, segment: Segment) -> Segment:
-        """Fill in what the segment adds to the text, and cut it at a stop string that began in an earlier segment.
-
-        vLLM looks for stop strings in what one request sampled, so one that spans two segments is ours to find.
-        """
-        tail = last_ids(prefix, TAIL_TOKENS)
-        before = self._engine.decode(tail).rstrip('\ufffd')
-
-        def added(count: int) -> str:
-            return self._engine.decode(tail + segment.token_ids[:count]).rstrip('\ufffd')[len(before):]
-
-        text, stops = added(len(segment.token_ids)), self._engine.stop_strings
-        if stops and tail:
-            reach = max(map(len, stops)) - 1
-            seam = response_text(prefix)[-reach:] if reach else ''
-            if first_stop_string(seam + text[:reach], stops):
-                count = next(
-                    n for n in range(1,
-                                     len(segment.token_ids) + 1) if first_stop_string(seam + added(n), stops))
-                return Segment(segment.token_ids[:count], segment.logprobs[:count], StopReason.STOP_STRING,
-                               added(count))
-        return dataclasses.replace(segment, text=text)
-
     async def _check(self, grove: _Grove, path: Path) -> StopReason | None:
+        """What the text of a path says, by the user's `check_segment` or else by the config's checks."""
         if grove.search.width == 1:
             return None
-        text = response_text(path.leaf)
         if type(self).check_segment is TreeRolloutScheduler.check_segment:
             with self._timed():
-                return self.check_segment(path, text)
+                return self._text_verdict(path)
+        with self._timed():
+            text = self._reader.text(path.leaf)
         where = f'on node {path.leaf.id} of tree {grove.search.tree.id}'
         verdict = await self._hooks.call(self.check_segment, path, text, timeout=self.config.hook_timeout, where=where)
         if verdict is not None and not isinstance(verdict, StopReason):
             raise HookError(f'{type(self).__name__}.check_segment {where}: returned {verdict!r}, allowed are a '
                             'StopReason or None')
         return verdict
+
+    def _text_verdict(self, path: Path) -> StopReason | None:
+        try:
+            return text_verdict(self._reader.state(path.leaf), path, self.config)
+        except Exception as e:  # an answer detector may be a user's
+            raise HookError(f'answer: {self.config.answer}: raised {type(e).__name__}: {e}') from e
 
     def _check_failures(self, groves: Sequence[_Grove]) -> None:
         errors = Counter(p.error for grove in groves for p in grove.search.tree.trajectories
@@ -351,7 +345,7 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         if type(self).check_finished is TreeRolloutScheduler.check_finished:
             return
         ids = response_ids(path.leaf)
-        choice = self._choice(grove.prompt, ids, stop)
+        choice = self._writer.choice(grove.prompt, ids, stop)
         choice.token_ids = ids
         messages = [*grove.request.messages, {'role': 'assistant', 'content': choice.message.content}]
         where = f'on node {path.leaf.id} of tree {grove.search.tree.id}'
@@ -366,49 +360,15 @@ class TreeRolloutScheduler(MultiTurnScheduler):
             raise HookError(f'{type(self).__name__}.check_finished {where}: returned {finished!r}, but '
                             'TreeRolloutScheduler is single-turn in this version and has no next turn to go on with')
 
-    def _choice(self, prompt: Prompt, ids: list[int], stop: StopReason) -> ChatCompletionResponseChoice:
-        content = self._engine.completion(prompt, ids) if ids else ''
-        return ChatCompletionResponseChoice(0, ChatMessage('assistant', content), stop.finish_reason)
-
-    def _output(self, grove: _Grove, index: int, request: RolloutInferRequest) -> RolloutOutput:
-        tree = grove.search.tree
-        path = tree.trajectories[index]
-        ids, logprobs = response_ids(path.leaf), response_logprobs(path.leaf)
-        choice = self._choice(grove.prompt, ids, path.stop)
-        if path.stop is StopReason.FAILED:
-            # One masked token: swift needs a response to encode, and it must not be trained on.
-            ids, mask = [self._filler_token()], [0]
-        else:
-            # Adds the template's response prefix, masked; the sampled ids stay as they are.
-            ids, mask = self.get_response_token_data(request, choice, response_token_ids=ids)
-        infos: dict[str, Any] = {'num_turns': 1}
-        if grove.note.mode == 'tree':
-            infos[REPORT_KEY] = tree_report(tree, index)
-        usage = UsageInfo(len(grove.prompt.token_ids), len(logprobs), len(grove.prompt.token_ids) + len(logprobs))
-        return RolloutOutput(
-            response=ChatCompletionResponse(self._engine.info.model, [choice], usage, id=request.uuid or tree.id),
-            messages=[*request.messages, {
-                'role': 'assistant',
-                'content': choice.message.content
-            }],
-            response_token_ids=[ids],
-            response_loss_mask=[mask],
-            rollout_logprobs=[logprobs],
-            rollout_infos=infos)
-
-    def _filler_token(self) -> int:
-        return self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else 0
-
     async def _probe(self, request: RolloutInferRequest, note: RequestNote) -> RolloutOutput:
-        """Tell the trainer about the engine, and the log-probs of its fixed text where it sent one."""
-        scores = await self._engine.score(note.token_ids) if note.token_ids else None
-        choice = ChatCompletionResponseChoice(0, ChatMessage('assistant', ''), 'stop')
-        info = {'engine': dataclasses.asdict(self._engine.info), 'logprobs': scores}
-        return RolloutOutput(
-            response=ChatCompletionResponse(
-                self._engine.info.model, [choice], UsageInfo(0, 0, 0), id=request.uuid or ''),
-            messages=request.messages,
-            rollout_infos={REQUEST_KEY: info})
+        if note.config is not None:
+            self._check_config(note.tree_config(self._default))
+        return self._writer.probe(request, await self._engine.score(note.token_ids) if note.token_ids else None)
+
+    @property
+    def _writer(self) -> OutputWriter:
+        eos = self.tokenizer.eos_token_id
+        return OutputWriter(self._engine, self.get_response_token_data, 0 if eos is None else eos)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -430,14 +390,3 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         if value is None:
             raise AttributeError(f'{type(self).__name__} object has no attribute {key!r}')
         return value
-
-
-async def _all_or_cancel(coroutines: Sequence[Any]) -> None:
-    """Await all; when one raises or we are cancelled, cancel the others and wait until they are gone."""
-    tasks = [asyncio.ensure_future(c) for c in coroutines]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Iterable, Sequence
 
 from .config import TreeConfig
-from .policies import branching, fallback
+from .policies import fallback
+from .policies.branching import BranchContext, branching_policies, next_width, paced_width
+from .policies.stopping import TextState
 from .tree import Node, Path, StopReason, Tree
 
 MAX_FAILURES_PER_WIDTH = 2
@@ -21,6 +25,7 @@ class SegmentRequest:
     """Ask of the engine: continue ``prompt + tokens up to prefix`` by at most `max_tokens`."""
 
     id: int
+    """Becomes the id of the segment's node."""
     prefix: Node
     max_tokens: int
     seed: int
@@ -35,7 +40,8 @@ class Segment:
     logprobs: list[float]
     stop: StopReason | None = None
     """EOS or STOP_STRING where the engine saw the response end, None where it used up its `max_tokens`."""
-    text: str = ''
+    entropies: list[float] | None = None
+    """Entropy at each token in nats, where it was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +53,37 @@ class Limits:
     """Prompt and response together (the engine's model length)."""
 
 
+@lru_cache(maxsize=8)
+def _ranks(stop_order: tuple[str, ...]) -> dict[StopReason, int]:
+    return {reason: rank for rank, reason in enumerate(dict.fromkeys([*map(StopReason, stop_order), *StopReason]))}
+
+
+def first_reason(reasons: Iterable[StopReason], config: TreeConfig) -> StopReason | None:
+    """The one that counts of several stop reasons that hold at once, None where there is none."""
+    return min(reasons, key=_ranks(config.stop_order).__getitem__, default=None)
+
+
+def text_verdict(state: TextState, path: Path, config: TreeConfig) -> StopReason | None:
+    """Why a path should stop by what its text checks know, None where it should not."""
+    answered = state.answer and (path.stop is StopReason.EOS or not config.answer_needs_eos)
+    reasons = ([StopReason.ANSWER] if answered else []) + ([StopReason.REPETITION] if state.repetition else [])
+    return first_reason(reasons, config)
+
+
+def check_policies(config: TreeConfig) -> None:
+    """Raise ``ValueError`` where `config` names a policy that nobody registered."""
+    branching_policies[config.branching]
+    if config.fallback not in ('root', 'none'):
+        fallback.cut_policies[config.fallback]
+
+
 class TreeSearch:
     """Grows one tree of `width` trajectories in lockstep (TreePO, arXiv 2508.17445).
 
     All live paths of a tree advance by one segment; when the last of them is back, the boundary decides how the
     live ones branch. When none is live and trajectories are missing, fallback starts new branches from prefixes of
-    finished ones. Trees do not wait for each other. ``width == 1`` is plain sampling, still in segments.
+    finished ones. Trees do not wait for each other, unless they share a token budget per depth: then `waiting`
+    turns true at a boundary, and `resume` goes on. ``width == 1`` is plain sampling, still in segments.
 
     Use::
 
@@ -62,19 +93,33 @@ class TreeSearch:
         requests += search.settle(request.id, verdict)
         # until search.done; then read search.tree.trajectories, always exactly `width` of them.
     """
-    def __init__(self, config: TreeConfig, *, tree_id: str, prompt_ids: list[int], width: int, limits: Limits,
-                 rng: random.Random) -> None:
+    def __init__(self,
+                 config: TreeConfig,
+                 *,
+                 tree_id: str,
+                 prompt_ids: list[int],
+                 width: int,
+                 limits: Limits,
+                 rng: random.Random,
+                 progress: float = 0.0) -> None:
+        """`progress` is the share of the training that is done, for scheduled temperatures."""
         if width < 1:
             raise ValueError(f'width={width}: a tree has at least one trajectory.')
+        check_policies(config)
         self.config = config
         self.width = width
         self.limits = limits
         self.tree = Tree(tree_id, prompt_ids)
+        self.waiting = False
+        """Whether all live paths are at a boundary and `resume` has to share the budget out."""
         self._rng = rng
-        self._branch = branching.branching_policies['even']
+        self._context = BranchContext(config, rng, progress)
         self._pending: dict[int, Path] = {}
-        self._survivors: list[Path] = []
+        # What came back of this wave, by request: the order in which answers arrive must not matter.
+        self._survivors: dict[int, Path] = {}
+        self._finished: dict[int, Path] = {}
         self._ended = 0
+        self._first = 0
         self._started = False
         self.last_error = ''
 
@@ -84,8 +129,8 @@ class TreeSearch:
     def done(self) -> bool:
         return len(self.tree.trajectories) == self.width
 
-    def start(self) -> list[SegmentRequest]:
-        """The first requests, all from the prompt."""
+    def start(self, share: int | None = None) -> list[SegmentRequest]:
+        """The first requests, all from the prompt; for `share` see `resume`."""
         if self._started:
             raise RuntimeError(f'Tree {self.tree.id} was started before.')
         self._started = True
@@ -94,30 +139,37 @@ class TreeSearch:
             self.give_up(f'the prompt has {len(self.tree.prompt_ids)} tokens and the engine takes '
                          f'{self.limits.max_context} in all, so that no room is left for a response')
             return []
-        first = self.config.root_divergence
-        if isinstance(first, tuple):
-            first = self._rng.randint(*first)
-        count = min(first, self.width)
-        self.tree.stats.forks += count - 1
-        return [self._request(Path(self.tree.root)) for _ in range(count)]
+        first = min(self._draw(self.config.root_divergence), self.width)
+        first = min(first, paced_width(self.config, width=self.width, depth=1, first=first))
+        self._first = min(first, self._affordable([Path(self.tree.root)], share))
+        self.tree.stats.forks += self._first - 1
+        return self._launch([Path(self.tree.root)] * self._first)
 
     def extend(self, request_id: int, segment: Segment) -> Path:
         """Append what was sampled for a request to its path and return the path, for hooks to look at."""
         path = self._pending[request_id]
         self.tree.stats.decoded_tokens += len(segment.token_ids)
-        path.leaf = self.tree.add_node(path.leaf, segment.token_ids, segment.logprobs, segment.text)
+        path.leaf = self.tree.add_node(request_id, path.leaf, segment.token_ids, segment.logprobs, segment.entropies)
         path.stop = segment.stop
         return path
 
     def stop_of(self, request_id: int, verdict: StopReason | None) -> StopReason | None:
         """Why the path of an extended request ends here, or None; `verdict` is what the checks of its text said.
 
-        An answer comes first: it is what fallback looks for, whether or not EOS follows it.
+        Where several reasons hold, the first in `stop_order` counts. By default that is an answer: it is what
+        fallback looks for, whether or not EOS follows it.
         """
         path = self._pending[request_id]
-        if verdict is StopReason.ANSWER:
-            return verdict
-        return path.stop or verdict or self._limit_reached(path.leaf)
+        return first_reason({path.stop, verdict, *self._limits_reached(path.leaf)} - {None}, self.config)
+
+    def cut(self, request_id: int, count: int) -> None:
+        """Keep only the first `count` tokens of what was sampled last for a request."""
+        leaf = self._pending[request_id].leaf
+        del leaf.token_ids[count:], leaf.logprobs[count:]
+        if leaf.entropies is not None:
+            del leaf.entropies[count:]
+        leaf.length = leaf.parent.length + count
+        leaf.text = leaf.text_state = None
 
     def settle(self, request_id: int, verdict: StopReason | None = None) -> list[SegmentRequest]:
         """Close a request after `extend`.
@@ -127,10 +179,7 @@ class TreeSearch:
         stop = self.stop_of(request_id, verdict)
         path = self._pending.pop(request_id)
         path.stop = stop
-        if stop is None:
-            self._survivors.append(path)
-        else:
-            self._finish(path)
+        (self._survivors if stop is None else self._finished)[request_id] = path
         return self._boundary()
 
     def fail(self, request_id: int, error: str) -> list[SegmentRequest]:
@@ -141,65 +190,156 @@ class TreeSearch:
         self._ended += 1
         return self._boundary()
 
+    def resume(self, share: int | None = None) -> list[SegmentRequest]:
+        """Branch at the boundary where the tree waits; `share` is its part of the depth's tokens."""
+        self.waiting = False
+        live = [path for _, path in sorted(self._survivors.items())]
+        self._survivors.clear()
+        ended, self._ended = self._ended, 0
+        requests = self._fork(live, ended, share) if live else self._fall_back(share)
+        # A token budget that is used up ends paths without a request.
+        return requests or self._boundary()
+
     def give_up(self, error: str) -> None:
         """Fill what is missing with failed placeholders; they have no tokens and take part in no baseline."""
         while not self.done:
-            self.tree.trajectories.append(Path(self.tree.root, stop=StopReason.FAILED, error=error))
+            self._fill(StopReason.FAILED, error)
 
     # Machinery.
 
-    def _request(self, path: Path) -> SegmentRequest:
-        used = path.leaf.length
-        room = min(self.limits.max_response - used, self.limits.max_context - len(self.tree.prompt_ids) - used)
-        self.tree.stats.engine_requests += 1
-        request = SegmentRequest(self.tree.stats.engine_requests, path.leaf, min(self.config.segment_length, room),
-                                 self._rng.getrandbits(31))
-        self._pending[request.id] = path
-        return request
+    def _draw(self, number: int | tuple[int, int]) -> int:
+        return self._rng.randint(*number) if isinstance(number, tuple) else number
 
-    def _limit_reached(self, node: Node) -> StopReason | None:
+    def _limits_reached(self, node: Node) -> list[StopReason]:
+        reached = []
         if node.length >= self.limits.max_response:
-            return StopReason.TOKEN_LIMIT
+            reached.append(StopReason.TOKEN_LIMIT)
         if len(self.tree.prompt_ids) + node.length >= self.limits.max_context:
-            return StopReason.CONTEXT_LIMIT
+            reached.append(StopReason.CONTEXT_LIMIT)
         if node.depth >= self.config.max_depth:
-            return StopReason.DEPTH_LIMIT
-        return None
+            reached.append(StopReason.DEPTH_LIMIT)
+        return reached
 
     def _finish(self, path: Path) -> None:
         self._ended += 1
         self.tree.trajectories.append(path)
         self.tree.stats.trajectory_tokens += path.leaf.length
 
+    def _fill(self, stop: StopReason, error: str) -> None:
+        self.tree.trajectories.append(Path(self.tree.root, stop=stop, error=error))
+
     def _boundary(self) -> list[SegmentRequest]:
-        if self._pending or self.done:
+        if self._pending:
+            return []
+        for _, path in sorted(self._finished.items()):
+            self._finish(path)
+        self._finished.clear()
+        if self.done:
             return []
         if self.tree.stats.failures >= MAX_FAILURES_PER_WIDTH * self.width:
             self.give_up(f'{self.tree.stats.failures} segments of this tree failed, the last one: {self.last_error}')
             return []
-        live, self._survivors = self._survivors, []
-        ended, self._ended = self._ended, 0
-        return self._fork(live, ended) if live else self._fall_back()
+        if self.config.budget == 'by_segment_tokens':
+            self.waiting = True
+            return []
+        return self.resume()
 
-    def _fork(self, live: list[Path], ended: int) -> list[SegmentRequest]:
-        total = branching.next_width(
+    def _fork(self, live: list[Path], ended: int, share: int | None) -> list[SegmentRequest]:
+        finished = len(self.tree.trajectories)
+        depth = 1 + max(path.leaf.depth for path in live)
+        cap = min(self.width, paced_width(self.config, width=self.width, depth=depth, first=self._first))
+        total = next_width(
             live=len(live),
-            finished=len(self.tree.trajectories),
+            finished=finished,
             ended=ended,
-            width=self.width,
-            divergence=self.config.divergence)
-        requests = []
-        for path, count in zip(live, self._branch(live, total, self._rng), strict=True):
-            self.tree.stats.forks += count - 1
-            requests += [self._request(replace(path)) for _ in range(count)]
+            width=min(cap, finished + self._affordable(live, share)),
+            divergence=self._draw(self.config.divergence))
+        counts = branching_policies[self.config.branching](live, total, self._context)
+        if len(counts) != len(live) or sum(counts) != total or min(counts) < 1:
+            raise ValueError(f'branching policy {self.config.branching!r} returned {counts} for {len(live)} live paths '
+                             f'and {total} branches: it must give every path at least one, and all of them out.')
+        # Every path once before any twice: a token budget that runs out takes the forks, not the paths.
+        starts = [replace(path) for round_ in range(max(counts)) for path, n in zip(live, counts) if round_ < n]
+        requests = self._launch(self._within_budget(starts, keep=len(live)))
+        self.tree.stats.forks += max(len(requests) - len(live), 0)
         return requests
 
-    def _fall_back(self) -> list[SegmentRequest]:
-        starts = fallback.random_segment(
-            self.tree.trajectories,
-            self.tree.root,
-            needed=self.width - len(self.tree.trajectories),
-            divergence=self.config.divergence,
-            rng=self._rng)
-        self.tree.stats.fallbacks += len(starts)
-        return [self._request(Path(node, fallback_from=index)) for node, index in starts]
+    def _fall_back(self, share: int | None) -> list[SegmentRequest]:
+        missing = self.width - len(self.tree.trajectories)
+        grown = [path for path in self.tree.trajectories if path.leaf.length]
+        requests = self._launch(self._fallback_starts(min(missing, self._affordable(grown, share))))
+        self.tree.stats.fallbacks += len(requests)
+        if not requests:
+            for index in range(missing):
+                failed = index < self.tree.stats.failures
+                self._fill(StopReason.FAILED if failed else StopReason.ABSENT,
+                           self.last_error if failed else 'no budget or no fallback was left to grow it')
+        return requests
+
+    def _fallback_starts(self, needed: int) -> list[Path]:
+        root, config = self.tree.root, self.config
+        if config.fallback == 'none':
+            return self._within_budget([Path(root, fallback_from=-1)] *
+                                       needed) if config.fallback_fill == 'root' else []
+        divergence = self._draw(config.divergence)
+        chosen = fallback.candidates(self.tree.trajectories, config, self._rng) if config.fallback != 'root' else []
+        if not chosen:
+            return self._within_budget([Path(root, fallback_from=-1)] * min(divergence, needed))
+        starts: list[Path] = []
+        for index in chosen:
+            path = self.tree.trajectories[index]
+            context = fallback.cut_context(path, config, self._rng)
+            position = fallback.cut_policies[config.fallback](path, context)
+            if not context.low <= position <= context.high:
+                raise ValueError(f'fallback {config.fallback!r} returned {position}, allowed are {context.low} to '
+                                 f'{context.high}.')
+            for _ in range(min(divergence, needed - len(starts))):
+                if self._covers([*(start.leaf.length for start in starts), position]):
+                    starts.append(Path(self.tree.node_at(path, position), fallback_from=index))
+        return starts
+
+    # Budgets.
+
+    def _affordable(self, paths: Sequence[Path], share: int | None) -> int:
+        """Most paths like `paths` that the token budgets let grow by a segment, at least one."""
+        length, config = self.config.segment_length, self.config
+        if config.budget == 'by_segment_tokens' and share is not None:
+            return max(share // length, 1)
+        if config.budget == 'by_trajectory_tokens':
+            left = config.budget_tokens - self.tree.stats.trajectory_tokens
+            mean = sum(path.leaf.length for path in paths) / max(len(paths), 1)
+            return max(int(left // (mean + length)), 1)
+        return self.width
+
+    def _covers(self, lengths: Sequence[int]) -> bool:
+        """Whether a budget of trajectory tokens covers paths of these lengths with a token more each."""
+        if self.config.budget != 'by_trajectory_tokens':
+            return True
+        return sum(lengths) + len(lengths) <= self.config.budget_tokens - self.tree.stats.trajectory_tokens
+
+    def _within_budget(self, starts: list[Path], keep: int = 0) -> list[Path]:
+        """The first of `starts` that the budget covers, `keep` of them in any case."""
+        while len(starts) > keep and not self._covers([path.leaf.length for path in starts]):
+            starts = starts[:-1]
+        return starts
+
+    def _launch(self, starts: Sequence[Path]) -> list[SegmentRequest]:
+        """Requests for `starts`; where a budget of trajectory tokens lets none of them go on, all end here."""
+        limit = self.config.segment_length
+        if self.config.budget == 'by_trajectory_tokens' and starts:
+            left = self.config.budget_tokens - self.tree.stats.trajectory_tokens
+            limit = min(limit, (left - sum(path.leaf.length for path in starts)) // len(starts))
+        if limit < 1:
+            for path in starts:
+                path.stop = StopReason.TOKEN_LIMIT
+                self._finish(path)
+            return []
+        return [self._request(replace(path), limit) for path in starts]
+
+    def _request(self, path: Path, limit: int) -> SegmentRequest:
+        used = path.leaf.length
+        room = min(self.limits.max_response - used, self.limits.max_context - len(self.tree.prompt_ids) - used)
+        self.tree.stats.engine_requests += 1
+        request = SegmentRequest(self.tree.new_id(), path.leaf, min(limit, room), self._rng.getrandbits(31))
+        self._pending[request.id] = path
+        return request

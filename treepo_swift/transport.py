@@ -31,6 +31,8 @@ class RequestNote:
     """Trajectories per prompt: a prompt that occurs twice in a batch makes two trees of this width."""
     step: int = 0
     """The trainer's global step: it enters the seed, so that a prompt's next tree forks elsewhere."""
+    progress: float = 0.0
+    """Share of the training that is done, 0 to 1: scheduled temperatures follow it."""
     token_ids: list[int] | None = None
     protocol: int = PROTOCOL
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 
 class StopReason(str, enum.Enum):
@@ -17,6 +18,12 @@ class StopReason(str, enum.Enum):
     CONTEXT_LIMIT = 'context_limit'
     DEPTH_LIMIT = 'depth_limit'
     FAILED = 'failed'
+    ABSENT = 'absent'
+
+    @property
+    def is_placeholder(self) -> bool:
+        """Whether nothing stands behind it: a masked row that only keeps the batch rectangular."""
+        return self in (StopReason.FAILED, StopReason.ABSENT)
 
     @property
     def finish_reason(self) -> str:
@@ -29,7 +36,8 @@ class StopReason(str, enum.Enum):
 
 
 _CUT = {
-    StopReason.REPETITION, StopReason.TOKEN_LIMIT, StopReason.CONTEXT_LIMIT, StopReason.DEPTH_LIMIT, StopReason.FAILED
+    StopReason.REPETITION, StopReason.TOKEN_LIMIT, StopReason.CONTEXT_LIMIT, StopReason.DEPTH_LIMIT, StopReason.FAILED,
+    StopReason.ABSENT
 }
 
 
@@ -44,11 +52,15 @@ class Node:
     logprobs: list[float]
     """Log-probs of `token_ids` under the sampling distribution, same length."""
     depth: int
-    """Segments from the root to here; 0 at the root."""
+    """Segments from the root to here; 0 at the root. Both parts of a segment that was split have its depth."""
     length: int
     """Response tokens from the root to the end of this node."""
-    text: str = ''
-    """What `token_ids` add to the response's text (for stopping rules; the exact thing is the ids)."""
+    entropies: list[float] | None = None
+    """Entropy of the sampling distribution at each token in nats, where a policy asked for it."""
+    text: str | None = None
+    """What `token_ids` add to the response's text, None until somebody asked (the exact thing is the ids)."""
+    text_state: Any = None
+    """What the text checks know at the end of this node, None until somebody asked."""
     def lineage(self) -> list[Node]:
         """The nodes from the first segment to this one, without the root."""
         nodes = []
@@ -76,10 +88,6 @@ def last_ids(node: Node, count: int) -> list[int]:
         tail = current.token_ids[len(tail) - count:] + tail
         current = current.parent
     return tail
-
-
-def response_text(node: Node) -> str:
-    return ''.join(part.text for part in node.lineage())
 
 
 @dataclass(slots=True, eq=False)
@@ -119,12 +127,46 @@ class Tree:
     root: Node = field(default_factory=lambda: Node(0, None, [], [], 0, 0))
     trajectories: list[Path] = field(default_factory=list)
     stats: TreeStats = field(default_factory=TreeStats)
-    num_nodes: int = 1
+    _last_id: int = 0
 
-    def add_node(self, parent: Node, token_ids: list[int], logprobs: list[float], text: str = '') -> Node:
-        """Append a segment below `parent`. Ids count up from the root's 0."""
+    def new_id(self) -> int:
+        """The id of a node to come. Ids count up from the root's 0."""
+        self._last_id += 1
+        return self._last_id
+
+    def add_node(self,
+                 node_id: int,
+                 parent: Node,
+                 token_ids: list[int],
+                 logprobs: list[float],
+                 entropies: list[float] | None = None) -> Node:
+        """Append a segment below `parent`, under an id from `new_id`."""
         if len(token_ids) != len(logprobs):
             raise ValueError(f'{len(token_ids)} tokens with {len(logprobs)} log-probs below node {parent.id}.')
-        node = Node(self.num_nodes, parent, token_ids, logprobs, parent.depth + 1, parent.length + len(token_ids), text)
-        self.num_nodes += 1
-        return node
+        return Node(node_id, parent, token_ids, logprobs, parent.depth + 1, parent.length + len(token_ids), entropies)
+
+    def node_at(self, path: Path, position: int) -> Node:
+        """The node at whose end `path` has `position` response tokens; a segment is split where it goes through one.
+
+        Every trajectory through the segment then goes through both parts, so that two trajectories share exactly
+        the tokens of the nodes that they share.
+        """
+        node = path.leaf
+        if not 0 <= position <= node.length:
+            raise ValueError(f'position {position} of a path with {node.length} tokens.')
+        while node.parent is not None and node.parent.length >= position:
+            node = node.parent
+        return node if node.length == position or node.parent is None else self._split(node, position)
+
+    def _split(self, node: Node, position: int) -> Node:
+        """Move the tokens of `node` before `position` to a new node above it, and return that."""
+        parent = node.parent
+        count = position - parent.length
+        entropies = node.entropies
+        upper = Node(self.new_id(), parent, node.token_ids[:count], node.logprobs[:count], node.depth, position,
+                     entropies and entropies[:count])
+        node.parent = upper
+        node.token_ids, node.logprobs = node.token_ids[count:], node.logprobs[count:]
+        node.entropies = entropies and entropies[count:]
+        node.text = None
+        return upper

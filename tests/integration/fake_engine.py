@@ -26,7 +26,7 @@ class FakeEngine:
                  block_size: int = 16,
                  speak: Callable[[list[int], int, int], Segment] | None = None,
                  fails: Callable[[int], bool] = lambda call: False) -> None:
-        self.info = EngineInfo('fake', max_model_len, block_size)
+        self.info = EngineInfo('fake', max_model_len, block_size, max_logprobs=20)
         self.stop_strings: list[str] = []
         self.speak = speak or sample
         self.fails = fails
@@ -41,7 +41,7 @@ class FakeEngine:
             raise ValueError('no such image')
         return Prompt(list(text.encode()), {})
 
-    async def begin_batch(self, request_config: Any) -> None:
+    async def begin_batch(self, request_config: Any, *, top_logprobs: int = 0) -> None:
         self.stop_strings = list(request_config.stop or [])
 
     async def generate(self, prompt: Prompt, response_ids: Sequence[int], *, max_tokens: int,

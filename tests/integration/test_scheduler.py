@@ -16,7 +16,7 @@ pytest.importorskip('swift')
 
 from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest, RolloutOutput  # noqa: E402
 
-from tests.builders import EOS, decode  # noqa: E402
+from tests.builders import EOS, decode, logprobs  # noqa: E402
 from tests.integration.fake_engine import FakeEngine, FakeTokenizer  # noqa: E402
 from treepo_swift.config import ConfigError, TreeConfig  # noqa: E402
 from treepo_swift.engine import EngineError  # noqa: E402
@@ -71,7 +71,7 @@ def test_tokens_mask_and_logprobs_are_those_sampled():
     for output in rollout(requests(*['prompt'] * 8), scheduler(engine)):
         ids, = output.response_token_ids
         assert output.response_loss_mask == [[1] * len(ids)]
-        assert output.rollout_logprobs == [[-1.0] * len(ids)]
+        assert output.rollout_logprobs == [logprobs(ids)]
         assert output.messages[-1] == {'role': 'assistant', 'content': decode(ids)}
         report = tree_of(output)
         assert sum(report['tokens']) == len(ids) and len(report['nodes']) == len(report['tokens']) == report['depth']

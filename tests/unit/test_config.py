@@ -17,8 +17,8 @@ def test_defaults_are_the_papers_main_setting():
 def test_yaml_then_environment(tmp_path):
     path = tmp_path / 'tree.yaml'
     path.write_text('segment_length: 64\nroot_divergence: [2, 8]\nseed: 3\n')
-    config = TreeConfig.load({'TREEPO_CONFIG': str(path), 'TREEPO_SEED': '5', 'TREEPO_STOP_AT_ANSWER': 'false'})
-    assert config == TreeConfig(segment_length=64, root_divergence=(2, 8), seed=5, stop_at_answer=False)
+    config = TreeConfig.load({'TREEPO_CONFIG': str(path), 'TREEPO_SEED': '5', 'TREEPO_STOP_AT_REPETITION': 'false'})
+    assert config == TreeConfig(segment_length=64, root_divergence=(2, 8), seed=5, stop_at_repetition=False)
 
 
 def test_a_config_survives_json_and_yaml():
@@ -41,8 +41,8 @@ def test_a_config_survives_json_and_yaml():
         'TREEPO_MAX_DEPTH': 'true'
     }, 'max_depth=True: must be an integer of at least 1'),
     ({
-        'TREEPO_STOP_AT_ANSWER': '1'
-    }, 'stop_at_answer=1: must be true or false'),
+        'TREEPO_STOP_AT_REPETITION': '1'
+    }, 'stop_at_repetition=1: must be true or false'),
     ({
         'TREEPO_ROOT_DIVERGENCE': '[3, 2]'
     }, r'root_divergence=\[3, 2\]: must be an integer of at least 1, or a pair'),

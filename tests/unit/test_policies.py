@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import math
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treepo_swift.policies.branching import branching_policies, even, next_width
-from treepo_swift.policies.fallback import random_segment
-from treepo_swift.tree import Path, StopReason, Tree
+from tests.builders import grow, make_search
+from treepo_swift.config import TreeConfig
+from treepo_swift.policies.branching import (BranchContext, branching_policies, expected_saving, next_width,
+                                             paced_width, scheduled, share_out)
+from treepo_swift.policies.fallback import candidates, cut_context, cut_policies
+from treepo_swift.search import Segment
+from treepo_swift.tree import Node, Path, StopReason, Tree, response_ids
 
 
 @given(st.integers(1, 20), st.integers(0, 40), st.integers(0, 10), st.integers(1, 64), st.integers(1, 4))
@@ -20,50 +26,194 @@ def test_next_width_never_drops_a_live_path_and_stays_in_the_budget(live, extra,
     assert total <= max(live, divergence * (live + ended))
 
 
-@given(st.integers(1, 20), st.integers(0, 40), st.integers(0, 100))
-def test_even_gives_everyone_one_and_differs_by_one_at_most(live, extra, seed):
-    paths = [Path(Tree('t', []).root) for _ in range(live)]
-    shares = even(paths, live + extra, random.Random(seed))
-    assert sum(shares) == live + extra and min(shares) >= 1 and max(shares) - min(shares) <= 1
-    assert shares == even(paths, live + extra, random.Random(seed))
-
-
-def grown(reasons: list[StopReason], depth: int = 3) -> Tree:
+def grown(reasons: list[StopReason], depth: int = 3, tokens: int = 1) -> Tree:
     tree = Tree('t', [])
     for reason in reasons:
         node = tree.root
-        for _ in range(depth):
-            node = tree.add_node(node, [1], [0.0])
+        for _ in range(0 if reason.is_placeholder else depth):
+            node = tree.add_node(tree.new_id(), node, [1] * tokens, [-1.0] * tokens)
         tree.trajectories.append(Path(node, stop=reason))
     return tree
 
 
+def live_path(*segments: list[float], entropies: list[float] | None = None) -> Path:
+    tree = Tree('t', [])
+    node = tree.root
+    for logprobs in segments:
+        node = tree.add_node(tree.new_id(), node, [1] * len(logprobs), logprobs, entropies)
+    return Path(node)
+
+
+def shares(name: str, live: list[Path], total: int, seed: int = 0, progress: float = 0.0, **config) -> list[int]:
+    context = BranchContext(TreeConfig(branching=name, **config), random.Random(seed), progress)
+    return branching_policies[name](live, total, context)
+
+
+@given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=20), st.integers(0, 40), st.integers(0, 100))
+def test_shares_are_largest_remainders_with_one_for_everybody(weights, extra, seed):
+    counts = share_out(weights, len(weights) + extra, random.Random(seed))
+    assert sum(counts) == len(weights) + extra and min(counts) >= 1
+    for weight, count in zip(weights, counts):
+        assert abs(count - 1 - extra * weight / sum(weights)) < 1 + 1e-6
+    assert counts == share_out(weights, len(weights) + extra, random.Random(seed))
+
+
+@given(st.integers(1, 20), st.integers(0, 40), st.integers(0, 100))
+def test_even_differs_by_one_at_most(live, extra, seed):
+    counts = shares('even', [live_path([-1.0])] * live, live + extra, seed)
+    assert sum(counts) == live + extra and min(counts) >= 1 and max(counts) - min(counts) <= 1
+
+
+def test_logprob_favours_by_the_score_that_was_asked_for():
+    likely, unlikely = live_path([-0.1] * 4, [-0.1] * 4), live_path([-0.1] * 4, [-3.0] * 4)
+    assert shares('logprob', [likely, unlikely], 8, branch_temperature=0.1) == [1, 7]
+    assert shares('logprob', [likely, unlikely], 8, branch_temperature=0.1, branch_favour='high') == [7, 1]
+    # Sums grow with the length, means do not.
+    short, long = live_path([-1.0] * 2), live_path([-1.0] * 20)
+    assert shares('logprob', [short, long], 8, branch_temperature=0.1, branch_score='sum') == [1, 7]
+    assert shares('logprob', [short, long], 8, branch_temperature=0.1, branch_score='mean') == [4, 4]
+    # What happened before the last segment counts in the mean only.
+    recovered = live_path([-9.0] * 4, [-0.1] * 4)
+    assert shares('logprob', [likely, recovered], 6, branch_temperature=0.1, branch_score='last_segment') == [3, 3]
+    assert shares('logprob', [likely, recovered], 6, branch_temperature=0.1, branch_score='mean') == [1, 5]
+    # softmax((3 - 0.1) / 2) = 0.81 of the 8 that are left after one each
+    assert shares('logprob', [likely, unlikely], 10, branch_temperature=2.0) == [1 + 2, 1 + 6]
+
+
+def test_a_temperature_schedule_moves_with_the_training():
+    paths = [live_path([-0.1] * 4), live_path([-3.0] * 4)]
+    pair = {'branch_temperature': (100.0, 0.1)}
+    assert shares('logprob', paths, 10, progress=0.0, **pair) == [5, 5]
+    assert shares('logprob', paths, 10, progress=1.0, **pair) == [1, 9]
+    assert [scheduled((5.0, 1.0), 'linear', p) for p in (0, .5, 1, 2)] == [5, 3, 1, 1]
+    assert scheduled((5.0, 1.0), 'cosine', 0.25) > 4 > scheduled((5.0, 1.0), 'sinusoid', 0.25)
+    assert all(
+        math.isclose(scheduled((5.0, 1.0), name, end), 5 - 4 * end) for name in ('cosine', 'sinusoid')
+        for end in (0, 1))
+
+
+def test_entropy_favours_uncertain_paths_and_needs_an_engine_that_tells():
+    sure, unsure = live_path([-1.0] * 4, entropies=[0.1] * 4), live_path([-1.0] * 4, entropies=[3.0] * 4)
+    assert shares('entropy', [sure, unsure], 8, branch_temperature=0.1) == [1, 7]
+    assert shares('entropy', [sure, unsure], 8, branch_temperature=0.1, branch_favour='high') == [7, 1]
+    with pytest.raises(ValueError, match='top-k log-probs'):
+        shares('entropy', [live_path([-1.0])], 2)
+
+
+def test_a_policy_of_ones_own_takes_five_lines():
+    @branching_policies.register('test_longest')
+    def longest(live, total, context):
+        """Everything that is left over goes to the longest path."""
+        best = max(range(len(live)), key=lambda i: live[i].leaf.length)
+        return [1 + (total - len(live)) * (i == best) for i in range(len(live))]
+
+    try:
+        config = TreeConfig(segment_length=4, max_depth=3, branching='test_longest')
+        assert grow(make_search(config, 8)).done
+        branching_policies._entries['test_longest'] = lambda live, total, context: [0] * len(live)
+        with pytest.raises(ValueError, match="'test_longest' returned .*at least one"):
+            grow(make_search(config, 8))
+    finally:
+        del branching_policies._entries['test_longest']
+
+
+def test_pacing_spreads_the_forks_and_says_what_it_saves():
+    eager, even = TreeConfig(), TreeConfig(pacing='even')
+    assert [paced_width(even, width=16, depth=d, first=2) for d in (1, 2, 8, 14)] == [2, 3, 10, 16]
+    steps = TreeConfig(pacing={3: 4, 6: 16})
+    assert [paced_width(steps, width=16, depth=d, first=2) for d in (1, 2, 3, 5, 6, 14)] == [16, 16, 4, 4, 16, 16]
+    # Levels of 2, 4, 8, then eleven times 16: 190 of 224 segments.
+    assert expected_saving(eager, 16) == pytest.approx(1 - 190 / 224)
+    assert expected_saving(even, 16) == pytest.approx(1 - 126 / 224, abs=0.01)
+
+
+@pytest.mark.parametrize('config', [
+    TreeConfig(segment_length=4, max_depth=6),
+    TreeConfig(segment_length=4, max_depth=6, pacing='even'),
+    TreeConfig(segment_length=4, max_depth=6, pacing={
+        1: 1,
+        3: 5
+    }, root_divergence=4),
+    TreeConfig(segment_length=4, max_depth=6, divergence=3, root_divergence=1),
+    TreeConfig(segment_length=4, max_depth=3, divergence=1, root_divergence=3),
+])
+def test_the_expected_saving_is_what_full_length_paths_save(config):
+    search = grow(make_search(config, 16), answer=lambda r: Segment([7] * r.max_tokens, [0.0] * r.max_tokens))
+    stats = search.tree.stats
+    assert expected_saving(config, 16) == pytest.approx(1 - stats.decoded_tokens / stats.trajectory_tokens)
+
+
 @given(
-    st.lists(st.sampled_from(list(StopReason)), max_size=8), st.integers(1, 10), st.integers(1, 3), st.integers(0, 50))
-def test_fallback_law(reasons, needed, divergence, seed):
-    tree = grown(reasons)
-    starts = random_segment(tree.trajectories, tree.root, needed=needed, divergence=divergence, rng=random.Random(seed))
-    candidates = {i for i, r in enumerate(reasons) if r in (StopReason.ANSWER, StopReason.EOS)}
-    assert 1 <= len(starts) <= needed
-    if not candidates:
-        assert starts == [(tree.root, -1)] * min(needed, divergence)
-        return
-    assert len(starts) == min(needed, divergence * len(candidates))
-    for node, index in starts:
-        assert index in candidates
-        assert node in [tree.root, *tree.trajectories[index].leaf.lineage()[:-1]]
+    st.lists(st.sampled_from(list(StopReason)), max_size=8),
+    st.sampled_from(['answer_or_eos', 'finished', 'best_reason_first', 'any']), st.integers(0, 50))
+def test_candidates_are_those_that_the_config_names(reasons, which, seed):
+    chosen = candidates(grown(reasons).trajectories, TreeConfig(fallback_candidates=which), random.Random(seed))
+    allowed = {
+        'answer_or_eos': {'answer', 'eos'},
+        'finished': {'answer', 'eos', 'stop_string', 'hook'}
+    }.get(which, {reason.value
+                  for reason in StopReason if not reason.is_placeholder})
+    assert sorted(chosen) == [i for i, reason in enumerate(reasons) if reason.value in allowed]
+    if which == 'best_reason_first':
+        ranks = [list(StopReason).index(reasons[i]) for i in chosen]
+        assert ranks == sorted(ranks)
 
 
-def test_cuts_are_uniform_over_boundaries():
-    tree = grown([StopReason.EOS], depth=4)
+def cuts(name: str, path: Path, count: int = 1, **config) -> Counter:
+    settings = TreeConfig(fallback=name, **{'max_depth': 10, **config})
     rng = random.Random(0)
-    depths = [
-        random_segment(tree.trajectories, tree.root, needed=1, divergence=1, rng=rng)[0][0].depth for _ in range(4000)
-    ]
-    assert set(depths) == {0, 1, 2, 3}
-    assert all(abs(depths.count(d) - 1000) < 150 for d in range(4))
+    return Counter(cut_policies[name](path, cut_context(path, settings, rng)) for _ in range(count))
+
+
+def test_cuts_are_where_their_names_say():
+    path = live_path([-1.0] * 4, [-1.0, -1.0, -5.0, -1.0], [-1.0] * 4)
+    even = cuts('random_segment', path, 3000)
+    assert set(even) == {0, 4, 8} and all(abs(n - 1000) < 150 for n in even.values())
+    assert set(cuts('random_token', path, 3000)) == set(range(12))
+    assert set(cuts('random_block', path, 300, fallback_block=3)) == {0, 3, 6, 9}
+    assert set(cuts('min_logprob_token', path, 10)) == {6}
+    blocks = cuts('logprob_block', path, 3000, fallback_block=4)
+    # Mean log-probs -1, -2, -1: weights 1, e, 1.
+    assert set(blocks) == {0, 4, 8} and abs(blocks[4] / 3000 - math.e / (2 + math.e)) < 0.05
+    other = cuts('logprob_block', path, 3000, fallback_block=4, fallback_favour='high')
+    assert abs(other[4] / 3000 - 1 / (1 + 2 * math.e)) < 0.05
+
+
+def test_windows_and_depths_bound_every_cut():
+    path = live_path([-1.0] * 4, [-5.0] * 4, [-1.0] * 4)
+    for name in cut_policies:
+        assert min(cuts(name, path, 300, fallback_window=1, fallback_block=3)) >= 8, name
+        assert min(cuts(name, path, 300, fallback_window=2, fallback_block=3)) >= 4, name
+        # A branch from inside the last segment that fits would have no depth left to grow.
+        assert max(cuts(name, path, 300, max_depth=3, fallback_block=3)) <= 8, name
+
+
+def test_a_cut_inside_a_segment_splits_it():
+    tree = Tree('t', [])
+    first = tree.add_node(tree.new_id(), tree.root, [1, 2, 3, 4], [-1.0, -2.0, -3.0, -4.0], [.1, .2, .3, .4])
+    path, other = Path(tree.add_node(tree.new_id(), first, [5, 6], [0.0, 0.0])), Path(first)
+    upper = tree.node_at(path, 1)
+    assert tree.node_at(path, 4) is first and tree.node_at(path, 0) is tree.root
+    assert response_ids(path.leaf) == [1, 2, 3, 4, 5, 6] and other.leaf.lineage() == [upper, first]
+    assert (upper.token_ids, upper.logprobs, upper.entropies) == ([1], [-1.0], [.1])
+    assert (first.token_ids, first.logprobs, first.entropies) == ([2, 3, 4], [-2.0, -3.0, -4.0], [.2, .3, .4])
+    assert upper.depth == first.depth == 1 and (upper.length, first.length) == (1, 4)
+    assert [isinstance(node, Node) and node.id for node in path.leaf.lineage()] == [3, 1, 2]
 
 
 def test_unknown_policies_are_named():
-    with pytest.raises(ValueError, match="Unknown branching policy 'odd': allowed are even"):
-        branching_policies['odd']
+    with pytest.raises(ValueError, match="Unknown branching policy 'odd': allowed are entropy, even, logprob"):
+        make_search(TreeConfig(branching='odd'), 2)
+    with pytest.raises(ValueError, match="Unknown fallback 'odd': allowed are .*random_token"):
+        make_search(TreeConfig(fallback='odd'), 2)
+
+
+def test_without_fallback_a_tree_is_filled_as_the_config_says():
+    def one_path(**config):
+        return grow(make_search(TreeConfig(segment_length=4, max_depth=1, root_divergence=1, **config), 5)).tree
+
+    stops = [path.stop for path in one_path(fallback='none').trajectories]
+    assert stops[1:] == [StopReason.ABSENT] * 4 and not stops[0].is_placeholder
+    tree = one_path(fallback='none', fallback_fill='root')
+    assert [path.fallback_from for path in tree.trajectories] == [None, -1, -1, -1, -1]
+    assert tree.stats.engine_requests == 5

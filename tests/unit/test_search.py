@@ -1,24 +1,61 @@
 """Laws of the tree search, over random configurations, widths and engine outputs."""
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.builders import EOS, grow, make_search, sample
+from tests.builders import EOS, grow, make_search, sample, segment_of
 from treepo_swift.config import TreeConfig
+from treepo_swift.policies.branching import branching_policies
+from treepo_swift.policies.fallback import cut_policies
 from treepo_swift.search import Segment
 from treepo_swift.tree import Node, StopReason, response_ids, response_logprobs
 
-configs = st.builds(
-    TreeConfig,
-    segment_length=st.integers(1, 12),
-    max_depth=st.integers(1, 6),
-    divergence=st.integers(1, 4),
-    root_divergence=st.one_of(st.integers(1, 9), st.tuples(st.integers(1, 3), st.integers(3, 9))),
-    stop_at_answer=st.booleans())
+small = st.integers(1, 12)
+pairs = st.tuples(st.integers(1, 3), st.integers(3, 9))
+
+
+@st.composite
+def configs(draw) -> TreeConfig:
+    """Any combination of policies that a user can write."""
+    budget = draw(st.sampled_from(['by_width', 'by_width', 'by_segment_tokens', 'by_trajectory_tokens']))
+    segment_length = draw(small)
+    pacing = draw(
+        st.one_of(
+            st.sampled_from(['eager', 'even']),
+            st.lists(
+                st.tuples(st.integers(1, 6), st.integers(1, 20)), min_size=1,
+                max_size=3).map(lambda steps: dict(zip(sorted({d
+                                                               for d, _ in steps}), sorted(w for _, w in steps))))))
+    return TreeConfig(
+        segment_length=segment_length,
+        max_depth=draw(st.integers(1, 6)),
+        divergence=draw(st.one_of(st.integers(1, 4), pairs)),
+        root_divergence=draw(st.one_of(st.integers(1, 9), pairs)),
+        branching=draw(st.sampled_from(list(branching_policies))),
+        branch_score=draw(st.sampled_from(['sum', 'mean', 'last_segment'])),
+        branch_favour=draw(st.sampled_from(['low', 'high'])),
+        branch_temperature=draw(st.sampled_from([0.01, 1.0, (5.0, 1.0)])),
+        branch_schedule=draw(st.sampled_from(['linear', 'cosine', 'sinusoid'])),
+        pacing=pacing,
+        budget=budget,
+        budget_tokens=0 if budget == 'by_width' else segment_length * draw(small) + draw(st.integers(0, 3)),
+        fallback=draw(st.sampled_from([*cut_policies, 'root', 'none'])),
+        fallback_candidates=draw(st.sampled_from(['answer_or_eos', 'finished', 'best_reason_first', 'any'])),
+        fallback_window=draw(st.integers(0, 3)),
+        fallback_block=draw(small),
+        fallback_favour=draw(st.sampled_from(['low', 'high'])),
+        fallback_fill=draw(st.sampled_from(['placeholder', 'root'])),
+        answer=draw(st.sampled_from(['boxed', 'tags', 'none'])),
+        answer_needs_eos=draw(st.booleans()),
+        stop_order=draw(st.sampled_from([(), ('repetition', ), ('depth_limit', 'eos')])))
+
+
+configs = configs()
 widths = st.integers(1, 20)
 seeds = st.integers(0, 1000)
 
@@ -34,8 +71,13 @@ def test_a_tree_has_exactly_w_trajectories_within_all_limits(config, width, seed
     search = make_search(config, width, seed=seed, max_response=max_response, max_context=max_context)
     grow(search, order=random.Random(seed))
     assert search.done and len(search.tree.trajectories) == width
+    assert search.tree.trajectories[0].stop is not StopReason.ABSENT
     for path in search.tree.trajectories:
         assert path.stop is not None and path.stop is not StopReason.FAILED
+        if path.stop is StopReason.ABSENT:
+            assert config.budget == 'by_trajectory_tokens' or (config.fallback, config.fallback_fill) == ('none',
+                                                                                                          'placeholder')
+            continue
         assert 1 <= path.leaf.length <= min(max_response, max_context - 2)
         assert path.leaf.depth <= config.max_depth
         assert path.leaf.length <= config.max_response_tokens
@@ -47,7 +89,8 @@ def test_growing_paths_and_trajectories_are_never_more_than_w(config, width, see
     search = make_search(config, width, seed=seed)
 
     def watch(request, segment):
-        assert len(search._pending) + len(search._survivors) + len(search.tree.trajectories) <= width
+        assert len(search._pending) + len(search._survivors) + len(search._finished) + len(
+            search.tree.trajectories) <= width
 
     grow(search, order=random.Random(seed), watch=watch)
     assert not search._pending
@@ -63,13 +106,16 @@ def test_engine_input_is_prompt_plus_nodes_and_every_token_sits_on_one_node(conf
         asked.append((search.tree.prompt_ids + response_ids(request.prefix), segment.token_ids))
 
     grow(search, watch=watch, order=random.Random(seed))
-    inputs = {tuple(context + ids) for context, ids in asked}
+    inputs = {tuple(context) for context, _ in asked}
+    outputs = {tuple(context + ids) for context, ids in asked}
     nodes: dict[int, Node] = {}
     for path in search.tree.trajectories:
         context = list(search.tree.prompt_ids)
         for node in path.leaf.lineage():
+            assert node.length == node.parent.length + len(node.token_ids)
             context += node.token_ids
-            assert tuple(context) in inputs
+            # A segment ends here, or another one begins here: then it was cut by fallback.
+            assert tuple(context) in outputs or tuple(context) in inputs
             assert nodes.setdefault(node.id, node) is node
         assert len(response_logprobs(path.leaf)) == len(response_ids(path.leaf)) == path.leaf.length
     sampled = sum(len(ids) for _, ids in asked)
@@ -85,29 +131,52 @@ def test_one_seed_one_tree(config, width, seed):
 
 
 @given(configs, widths, seeds)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_trajectories_share_exactly_the_tokens_of_their_shared_nodes(config, width, seed):
-    """Node identity is exact: what two trajectories share as nodes they share as tokens, with the same positions."""
-    search = grow(make_search(config, width, seed=seed))
-    lineages = [path.leaf.lineage() for path in search.tree.trajectories]
-    for a in lineages:
-        for b in lineages:
-            shared = 0
-            while shared < min(len(a), len(b)) and a[shared] is b[shared]:
-                shared += 1
-            assert all(x is not y for x in a[shared:] for y in b[shared:])
-
-
-def test_sibling_order_within_a_wave_changes_nothing_for_equal_answers():
-    """Where every path answers alike, the order in which answers arrive leaves the same set of trajectories."""
-    config = TreeConfig(segment_length=4, max_depth=3)
+    """With an engine that never says the same token twice, equal tokens at equal positions are shared tokens."""
+    search = make_search(config, width, seed=seed)
+    dice, fresh = random.Random(seed), itertools.count(1)
 
     def answer(request):
-        return Segment([7] * request.max_tokens, [0.0] * request.max_tokens)
+        count = dice.randint(1, request.max_tokens)
+        stop = StopReason.EOS if count < request.max_tokens else None
+        return segment_of([next(fresh) for _ in range(count)], stop)
 
-    trees = [grow(make_search(config, 8), answer=answer, order=random.Random(s)) for s in range(5)]
-    sets = [sorted((p.leaf.depth, p.leaf.length, p.stop) for p in t.tree.trajectories) for t in trees]
-    assert all(s == sets[0] for s in sets)
+    grow(search, answer=answer, order=random.Random(seed))
+    lineages = [path.leaf.lineage() for path in search.tree.trajectories]
+    for a, b in itertools.combinations(lineages, 2):
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], zip(a, b)))
+        assert all(x is not y for x in a[shared:] for y in b[shared:])
+        ids = [[token for node in part for token in node.token_ids] for part in (a, b)]
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*ids)))
+        assert same == sum(len(node.token_ids) for node in a[:shared])
+
+
+@given(configs, widths, seeds)
+@settings(max_examples=100, deadline=None)
+def test_token_budgets_are_never_exceeded(config, width, seed):
+    search = make_search(config, width, seed=seed)
+    waves: list[int] = []
+
+    def watch(request, segment):
+        if request.id > watch.last:
+            waves.append(len(search._pending))
+            watch.last = max(search._pending)
+
+    watch.last = 0
+    grow(search, watch=watch)
+    if config.budget == 'by_segment_tokens':
+        assert max(waves) * config.segment_length <= max(config.budget_tokens, config.segment_length)
+    if config.budget == 'by_trajectory_tokens':
+        assert search.tree.stats.trajectory_tokens <= config.budget_tokens
+    assert search.tree.stats.trajectory_tokens == sum(path.leaf.length for path in search.tree.trajectories)
+
+
+@given(configs, widths, seeds, st.integers(0, 5), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_the_order_in_which_answers_arrive_changes_nothing(config, width, seed, one, other):
+    grown = [grow(make_search(config, width, seed=seed), order=random.Random(o)) for o in (one, other)]
+    assert shape(grown[0]) == shape(grown[1])
 
 
 def test_the_papers_binary_tree_spends_its_forks_in_the_first_levels():

@@ -1,6 +1,7 @@
 """What counts as an answer. Detectors read each character once, on immutable states that forks may share."""
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Protocol
@@ -39,7 +40,11 @@ def register_answer(name: str) -> Callable[[AnswerFunction], AnswerFunction]:
     text each time: what needs to be faster is an `AnswerDetector`, filed with ``answer_detectors.register(name)``.
     """
     def add(function: AnswerFunction) -> AnswerFunction:
-        answer_detectors.register(name)(lambda config: WholeTextDetector(name, function))
+        @functools.wraps(function, assigned=('__module__', '__qualname__'))
+        def make(config: TreeConfig) -> AnswerDetector:
+            return WholeTextDetector(name, function)
+
+        answer_detectors.register(name)(make)
         return function
 
     return add

@@ -1,19 +1,105 @@
-"""How many branches each live path gets at a segment boundary."""
+"""How many branches a tree may have at a segment boundary, and how its live paths share them."""
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import dataclass
 from typing import Protocol, Sequence
 
+from ..config import TreeConfig
 from ..registry import Registry
 from ..tree import Path
 
 
+@dataclass(frozen=True, slots=True)
+class BranchContext:
+    """What a branching policy may look at besides the paths."""
+
+    config: TreeConfig
+    rng: random.Random
+    """The tree's own generator: all randomness of a policy comes from it."""
+    progress: float = 0.0
+    """Share of the training that is done, 0 to 1."""
+    @property
+    def temperature(self) -> float:
+        """The softmax temperature at this point of the training."""
+        return scheduled(self.config.branch_temperature, self.config.branch_schedule, self.progress)
+
+
 class BranchingPolicy(Protocol):
-    def __call__(self, live: Sequence[Path], total: int, rng: random.Random) -> list[int]:
+    def __call__(self, live: Sequence[Path], total: int, context: BranchContext) -> list[int]:
         """Split `total` >= len(live) branches over the live paths, at least one each."""
 
 
 branching_policies: Registry[BranchingPolicy] = Registry('branching policy')
+
+
+@branching_policies.register('even')
+def even(live: Sequence[Path], total: int, context: BranchContext) -> list[int]:
+    """The same number for every path; what is left over goes to paths drawn by a seeded shuffle."""
+    return share_out([1.0] * len(live), total, context.rng)
+
+
+@branching_policies.register('logprob')
+def logprob(live: Sequence[Path], total: int, context: BranchContext) -> list[int]:
+    """By a softmax over each path's log-prob score (arXiv 2508.17445, section 4.4)."""
+    scores = [path_score(path, context.config.branch_score) for path in live]
+    return share_out(softmax(scores, context), total, context.rng)
+
+
+@branching_policies.register('entropy')
+def entropy(live: Sequence[Path], total: int, context: BranchContext) -> list[int]:
+    """By a softmax over the mean token entropy of each path's last segment; high entropy is low certainty."""
+    if any(path.leaf.entropies is None for path in live):
+        raise ValueError('branching: entropy needs an engine that returns top-k log-probs, and this one does not.')
+    scores = [-math.fsum(path.leaf.entropies) / max(len(path.leaf.entropies), 1) for path in live]
+    return share_out(softmax(scores, context), total, context.rng)
+
+
+def path_score(path: Path, kind: str) -> float:
+    """``sum`` or ``mean`` of the path's log-probs, or the mean over its ``last_segment``; 0 without tokens."""
+    nodes = [path.leaf] if kind == 'last_segment' else path.leaf.lineage()
+    total = math.fsum(value for node in nodes for value in node.logprobs)
+    return total if kind == 'sum' else total / max(sum(len(node.logprobs) for node in nodes), 1)
+
+
+def softmax(scores: Sequence[float], context: BranchContext) -> list[float]:
+    """Weights that favour low or high scores as the config says; they sum to 1."""
+    sign = -1.0 if context.config.branch_favour == 'low' else 1.0
+    scaled = [sign * score / context.temperature for score in scores]
+    top = max(scaled)
+    weights = [math.exp(value - top) for value in scaled]
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def share_out(weights: Sequence[float], total: int, rng: random.Random) -> list[int]:
+    """One for each, and the rest in proportion to `weights` by largest remainder; ties are drawn."""
+    spare = total - len(weights)
+    scale = spare / sum(weights)
+    counts = [int(weight * scale + 1e-9) for weight in weights]
+    order = list(range(len(weights)))
+    rng.shuffle(order)
+    order.sort(key=lambda i: round(counts[i] - weights[i] * scale, 9))
+    for i in order[:spare - sum(counts)]:
+        counts[i] += 1
+    return [1 + count for count in counts]
+
+
+def scheduled(value: float | tuple[float, float], schedule: str, progress: float) -> float:
+    """A fixed value, or a pair's value at `progress` (0 to 1) of the way from its start to its end.
+
+    ``linear``; ``cosine`` starts and ends slowly; ``sinusoid`` starts fast and ends slowly.
+    """
+    if not isinstance(value, tuple):
+        return value
+    progress = min(max(progress, 0.0), 1.0)
+    shape = {
+        'linear': progress,
+        'cosine': (1 - math.cos(math.pi * progress)) / 2,
+        'sinusoid': math.sin(math.pi / 2 * progress)
+    }
+    return value[0] + (value[1] - value[0]) * shape[schedule]
 
 
 def next_width(*, live: int, finished: int, ended: int, width: int, divergence: int) -> int:
@@ -25,11 +111,39 @@ def next_width(*, live: int, finished: int, ended: int, width: int, divergence: 
     return max(live, min(width - finished, divergence * live + divergence * ended))
 
 
-@branching_policies.register('even')
-def even(live: Sequence[Path], total: int, rng: random.Random) -> list[int]:
-    """The same number for every path; what is left over goes to paths drawn by a seeded shuffle."""
-    share, rest = divmod(total, len(live))
-    order = list(range(len(live)))
-    rng.shuffle(order)
-    lucky = set(order[:rest])
-    return [share + (index in lucky) for index in range(len(live))]
+def paced_width(config: TreeConfig, *, width: int, depth: int, first: int) -> int:
+    """Most paths, finished ones included, that may exist while segments of `depth` (1 to D) grow.
+
+    `first` is the number of branches that the root gave.
+    """
+    if config.pacing == 'eager':
+        return width
+    if config.pacing == 'even':
+        if config.max_depth == 1:
+            return width
+        return first + round((width - first) * (depth - 1) / (config.max_depth - 1))
+    reached = [paths for start, paths in config.pacing if start <= depth]
+    return min(width, reached[-1]) if reached else width
+
+
+def expected_saving(config: TreeConfig, width: int) -> float:
+    """Share of the decoded tokens that trees of full-length paths save against independent sampling.
+
+    An estimate for the log before training starts: no path stops early and none fails. Trajectories that pacing
+    leaves out are grown from the root by fallback.
+    """
+    low, high = config.root_divergence if isinstance(config.root_divergence, tuple) else (config.root_divergence, ) * 2
+    savings = [_saving_from(config, width, min(first, width)) for first in range(low, high + 1)]
+    return sum(savings) / len(savings)
+
+
+def _saving_from(config: TreeConfig, width: int, first: int) -> float:
+    divergence = config.divergence
+    d = sum(divergence) / 2 if isinstance(divergence, tuple) else divergence
+    paths: float = min(first, paced_width(config, width=width, depth=1, first=first))
+    segments = paths
+    for depth in range(2, config.max_depth + 1):
+        paths = max(paths, min(paced_width(config, width=width, depth=depth, first=first), d * paths))
+        segments += paths
+    segments += (width - paths) * config.max_depth if config.fallback != 'none' else 0
+    return 1 - segments / (width * config.max_depth)

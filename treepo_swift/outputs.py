@@ -1,0 +1,89 @@
+"""From trajectories to the `RolloutOutput` objects that swift's trainer expects, one for every request."""
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Iterator, Protocol
+
+from swift.infer_engine.protocol import (ChatCompletionResponse, ChatCompletionResponseChoice, ChatMessage,
+                                         RolloutInferRequest, RolloutOutput, UsageInfo)
+
+from .transport import REPORT_KEY, REQUEST_KEY, tree_report
+from .tree import StopReason, Tree, response_ids, response_logprobs
+
+if TYPE_CHECKING:
+    from .engine import Prompt, SegmentEngine
+
+
+class RolloutError(RuntimeError):
+    """A rollout that can not be delivered; the message says why and what to do."""
+
+
+class RolloutFailure:
+    """What `async_infer` returns instead of outputs when a rollout failed.
+
+    swift's worker logs an exception and sends None, of which the trainer sees a bare "500 Internal Server Error".
+    This object is iterated in the server's process, where it becomes a 500 that carries the message.
+    """
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+    def __iter__(self) -> Iterator[RolloutOutput]:
+        from fastapi import HTTPException
+        raise HTTPException(status_code=500, detail=self.message)
+
+
+class ResponseMask(Protocol):
+    """`MultiTurnScheduler.get_response_token_data`: adds the template's response prefix, masked, to sampled ids."""
+    def __call__(self, request: RolloutInferRequest, choice: ChatCompletionResponseChoice, *,
+                 response_token_ids: list[int]) -> tuple[list[int], list[int]]:
+        ...
+
+
+class OutputWriter:
+    """Writes outputs with one engine's template."""
+    def __init__(self, engine: SegmentEngine, mask: ResponseMask, filler_token: int) -> None:
+        """`filler_token` is the one masked token of a placeholder: swift needs a response to encode."""
+        self._engine = engine
+        self._mask = mask
+        self._filler_token = filler_token
+
+    def choice(self, prompt: Prompt, ids: list[int], stop: StopReason) -> ChatCompletionResponseChoice:
+        """The assistant message of a response, as reward functions and hooks see it."""
+        content = self._engine.completion(prompt, ids) if ids else ''
+        return ChatCompletionResponseChoice(0, ChatMessage('assistant', content), stop.finish_reason)
+
+    def trajectory(self, request: RolloutInferRequest, prompt: Prompt, tree: Tree, index: int, *,
+                   with_report: bool) -> RolloutOutput:
+        """The output of trajectory `index`; without a report it trains as plain GRPO does."""
+        path = tree.trajectories[index]
+        ids, logprobs = response_ids(path.leaf), response_logprobs(path.leaf)
+        choice = self.choice(prompt, ids, path.stop)
+        if path.stop.is_placeholder:
+            ids, mask = [self._filler_token], [0]
+        else:
+            # Adds the template's response prefix, masked; the sampled ids stay as they are.
+            ids, mask = self._mask(request, choice, response_token_ids=ids)
+        infos: dict[str, Any] = {'num_turns': 1}
+        if with_report:
+            infos[REPORT_KEY] = tree_report(tree, index)
+        usage = UsageInfo(len(prompt.token_ids), len(logprobs), len(prompt.token_ids) + len(logprobs))
+        return RolloutOutput(
+            response=ChatCompletionResponse(self._engine.info.model, [choice], usage, id=request.uuid or tree.id),
+            messages=[*request.messages, {
+                'role': 'assistant',
+                'content': choice.message.content
+            }],
+            response_token_ids=[ids],
+            response_loss_mask=[mask],
+            rollout_logprobs=[logprobs],
+            rollout_infos=infos)
+
+    def probe(self, request: RolloutInferRequest, scores: list[float] | None) -> RolloutOutput:
+        """Tell the trainer about the engine, and the log-probs of its fixed text where it sent one."""
+        choice = ChatCompletionResponseChoice(0, ChatMessage('assistant', ''), 'stop')
+        info = {'engine': dataclasses.asdict(self._engine.info), 'logprobs': scores}
+        return RolloutOutput(
+            response=ChatCompletionResponse(
+                self._engine.info.model, [choice], UsageInfo(0, 0, 0), id=request.uuid or ''),
+            messages=request.messages,
+            rollout_infos={REQUEST_KEY: info})
