@@ -2,24 +2,30 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import accumulate
 from typing import Any, Sequence
 
 from .tree import StopReason
 
 
-def tree_metrics(reports: Sequence[dict[str, Any]], rewards: Sequence[float]) -> dict[str, float]:
+def tree_metrics(reports: Sequence[dict[str, Any]],
+                 rewards: Sequence[float],
+                 *,
+                 rounds: Sequence[int] | None = None) -> dict[str, float]:
     """Metrics of one batch over all ranks.
 
     Args:
         reports: ``rollout_infos['tree']`` of every trajectory.
         rewards: their rewards, same order.
+        rounds: trajectories of each rollout, in order. ``--dynamic_sample`` may take several for a batch; the trees
+            that it threw away were grown too and count. None: one round.
     """
     stats = [report['stats'] for report in reports if 'stats' in report]
     total = {key: sum(s[key] for s in stats) for key in stats[0]} if stats else {}
     independent = max(total.get('trajectory_tokens', 0), 1)
     stops = Counter(report['stop'] for report in reports)
-    batches = [report['batch'] for report in reports if 'batch' in report]
     metrics = {
+        'tree/rounds': len(rounds or [0]),
         'tree/trees': len(stats),
         'tree/decoded_tokens': total.get('decoded_tokens', 0),
         'tree/independent_tokens': total.get('trajectory_tokens', 0),
@@ -36,9 +42,13 @@ def tree_metrics(reports: Sequence[dict[str, Any]], rewards: Sequence[float]) ->
         },
         **_flatness(reports, rewards),
     }
-    if batches:
-        metrics['tree/rollout_seconds'] = max(b['seconds'] for b in batches)
-        metrics['tree/scheduler_cpu_share'] = max(b['scheduler_cpu_seconds'] / b['seconds'] for b in batches)
+    # Several servers work on a round at the same time, rounds follow each other.
+    ends = list(accumulate(rounds or [len(reports)]))
+    batches = [[r['batch'] for r in reports[start:end] if 'batch' in r] for start, end in zip([0, *ends], ends)]
+    if all(batches):
+        metrics['tree/rollout_seconds'] = sum(max(b['seconds'] for b in servers) for servers in batches)
+        metrics['tree/scheduler_cpu_share'] = max(b['scheduler_cpu_seconds'] / b['seconds'] for servers in batches
+                                                  for b in servers)
     return {key: float(value) for key, value in metrics.items()}
 
 
@@ -46,7 +56,7 @@ def _flatness(reports: Sequence[dict[str, Any]], rewards: Sequence[float]) -> di
     """Share of trees, and of subgroups of two or more below the root, whose rewards are all alike: no signal there."""
     groups: dict[tuple[Any, ...], list[float]] = {}
     for report, reward in zip(reports, rewards, strict=True):
-        if report['stop'] == StopReason.FAILED.value:
+        if StopReason(report['stop']).is_placeholder:
             continue
         groups.setdefault((report['id'], ), []).append(reward)
         for node in report['nodes']:

@@ -1,18 +1,19 @@
 """`TreeGRPOTrainer`: swift's GRPO trainer with advantages that know the tree."""
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather, gather_object
 from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest
-from swift.rlhf_trainers import GRPOConfig, GRPOTrainer
-from swift.utils import get_logger
+from swift.rlhf_trainers import GRPOConfig, GRPOTrainer, VLLMInferClient
+from swift.utils import get_logger, is_master
 
-from .advantage import estimate, whiten
-from .advantage.registry import check_estimator
+from .advantage import check_estimator, estimate, estimate_segments, is_segment_level, normalise
+from .compatibility import check_options
 from .config import ConfigError, TreeConfig
 from .metrics import tree_metrics
 from .plugin import SCHEDULER_NAMES
@@ -27,78 +28,70 @@ CONFIG_FILE = 'treepo_config.yaml'
 
 @dataclass
 class TreeGRPOConfig(GRPOConfig):
-    """swift's GRPO arguments, refused where they contradict the tree's before any model loads."""
+    """swift's GRPO arguments; asks the servers whether they grow trees, and refuses what contradicts them.
+
+    All of that before a model loads.
+    """
     def __post_init__(self) -> None:
         super().__post_init__()
         config = TreeConfig.load()
-        if config != TreeConfig():  # defaults may belong to a run whose server grows no trees; see prepare_rollout
-            config.check_fits(self.max_completion_length, '--max_completion_length')
+        check_estimator(config.estimator)
         if self.vllm_mode == 'colocate' and getattr(self, 'multi_turn_scheduler', None) in SCHEDULER_NAMES:
             raise ConfigError('--vllm_mode colocate: trees grow in `swift rollout` only, which is --vllm_mode server.')
+        self.tree_engines: list[tuple[str, dict[str, Any]]] = []
+        """(url, engine info) of every server if they grow trees; known on the main process only."""
+        if self.use_vllm and self.vllm_mode == 'server' and is_master():
+            self.tree_engines = find_trees(
+                VLLMInferClient(
+                    base_urls=self.vllm_server_base_url,
+                    hosts=self.vllm_server_host,
+                    server_ports=self.vllm_server_port,
+                    connection_timeout=self.vllm_server_timeout))
+        if self.tree_engines:
+            config.check_fits(self.max_completion_length, '--max_completion_length')
+            for url, engine in self.tree_engines:
+                config.check_fits(engine['max_model_len'], f'--vllm_max_model_len of {url}')
+            check_options(self, config)
 
 
 class TreeGRPOTrainer(GRPOTrainer):
     """Trains GRPO on trees: asks the server for them, and the registry for their advantages.
 
-    Samples that come without a tree (a server with another scheduler, evaluation) train as plain GRPO does. Tree
-    advantages are whitened over the loss tokens of the whole batch, over all ranks; ``--scale_rewards`` applies to
-    plain GRPO only. swift itself spreads a trajectory's advantage over its tokens (`_postprocess_batch`).
+    Samples that come without a tree (a server with another scheduler, evaluation) are handled as swift does. With
+    trees the tree config's `normalisation` replaces ``--scale_rewards``. An estimator that gives one advantage per
+    trajectory leaves it to swift to spread it over tokens (`_postprocess_batch`); for one per segment we do.
     """
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.tree_config = TreeConfig.load()
-        check_estimator(self.tree_config.estimator)
         self.grows_trees = False
         self._sync_proof: WeightSyncProof | None = None
+        self._rounds: list[tuple[list[dict[str, Any]], list[float]]] = []
+        """Reports and rewards of the rollouts since the last advantages; several with ``--dynamic_sample``."""
+        self._segments: list[Segments] | None = None
+        """What `_compute_advantages` leaves for `_postprocess_batch`: for each local sample, its segments."""
         super().__init__(*args, **kwargs)
 
     # Set-up.
 
     def prepare_rollout(self) -> None:
         super().prepare_rollout()
-        engines = self._broadcast(self._handshake) if self.use_fast_infer and self.vllm_mode == 'server' else []
-        self.grows_trees = bool(engines)
+        self.grows_trees = bool(self._broadcast(lambda: self.args.tree_engines))
         if not self.grows_trees:
             logger.warning('treepo: no rollout server grows trees, so this run is plain GRPO. For trees, start '
                            '`swift rollout` with the plugin and --multi_turn_scheduler treepo.')
             return
-        self.tree_config.check_fits(self.max_completion_length, '--max_completion_length')
-        for url, engine in engines:
-            self.tree_config.check_fits(engine['max_model_len'], f'--vllm_max_model_len of {url}')
-        if self.kl_in_reward and self.beta != 0.0:
-            raise ConfigError('--kl_in_reward true: tree advantages take rewards without a KL term in this version. '
-                              'Leave it out and use --beta, which adds the KL term to the loss.')
-        if self.advantage_estimator != 'grpo':
-            raise ConfigError(f'--advantage_estimator {self.advantage_estimator}: with trees the estimator is set in '
-                              f'the tree config (now {self.tree_config.estimator!r}). Leave the flag out.')
         if self.template.sequence_parallel_size > 1:
             raise ConfigError('--sequence_parallel_size > 1 is not supported with trees in this version.')
-        if self.tree_config.verify_weight_sync:
+        config = self.tree_config
+        if config.verify_weight_sync:
             self._sync_proof = WeightSyncProof(str(next(self.model.parameters()).dtype))
         if self.accelerator.is_main_process:
             directory = Path(self.args.output_dir)
             directory.mkdir(parents=True, exist_ok=True)
-            (directory / CONFIG_FILE).write_text(self.tree_config.to_yaml())
+            (directory / CONFIG_FILE).write_text(config.to_yaml())
             logger.info(f'treepo: trees of width {self.num_generations}, config in {directory / CONFIG_FILE}')
-
-    def _handshake(self) -> list[tuple[str, dict[str, Any]]]:
-        """Ask every server whether it grows trees: (url, engine info) of each, empty where none does."""
-        answers = self._probe_servers(None)
-        trees = [answer is not None for answer in answers]
-        if any(trees) and not all(trees):
-            plain = [url for url, tree in zip(self.vllm_client.base_urls, trees, strict=True) if not tree]
-            raise ConfigError(f'Some rollout servers grow trees and others do not: {", ".join(plain)} '
-                              'need --multi_turn_scheduler treepo too.')
-        return [(url, answer['engine']) for url, answer in zip(self.vllm_client.base_urls, answers) if answer]
-
-    def _probe_servers(self, token_ids: list[int] | None) -> list[dict[str, Any] | None]:
-        """One probe for each server (the client deals requests out evenly); None where it knows no probes."""
-        note = RequestNote(mode='probe', token_ids=token_ids).to_dict()
-        request = RolloutInferRequest(messages=[{'role': 'user', 'content': 'probe'}], data_dict={REQUEST_KEY: note})
-        outputs = self.vllm_client.infer(
-            [asdict(request)] * self.vllm_client.num_servers,
-            asdict(RequestConfig(max_tokens=1, return_details=True)),
-            use_tqdm=False)
-        return [getattr(output, 'rollout_infos', {}).get(REQUEST_KEY) for output in outputs]
+            logger.info(f'treepo: advantages by estimator={config.estimator!r} and normalisation='
+                        f'{config.normalisation!r}; --scale_rewards applies to samples without a tree only.')
 
     def _broadcast(self, function: Any) -> Any:
         """Call `function` on the main process and give its result, or its exception, to every rank."""
@@ -124,15 +117,37 @@ class TreeGRPOTrainer(GRPOTrainer):
         return requests
 
     def _request_note(self) -> RequestNote:
-        if not self.model.training:
+        # With --async_generate swift asks for the first evaluation rollout before it sets the model to eval.
+        evaluates = not self.model.training or self.control.should_evaluate
+        if evaluates and not self.tree_config.eval_trees:
             return RequestNote(mode='independent')
         return RequestNote(
-            config=self.tree_config.to_dict(), num_generations=self.num_generations, step=self.state.global_step)
+            config=self.tree_config.to_dict(),
+            num_generations=self.num_generations_eval if evaluates else self.num_generations,
+            step=self.state.global_step,
+            progress=min(self.state.global_step / max(self.state.max_steps, 1), 1.0))
+
+    def _server_rollout(self, samples: list[Any], request_config: RequestConfig, is_global_inputs: bool) -> list[Any]:
+        """swift's, but for ``--async_generate`` over several ranks.
+
+        There it runs in a thread, and for a multi-turn server it counts outputs by a collective, which would mix
+        with those of the main thread. A tree server gives one output per request, so there is nothing to count.
+        """
+        if not (is_global_inputs and self.grows_trees):
+            return super()._server_rollout(samples, request_config, is_global_inputs)
+        requests = self.samples2requests(samples)
+        if not self.accelerator.is_main_process:
+            return []
+        outputs = self._engine_infer(requests, request_config)
+        if len(outputs) != len(requests):
+            raise RuntimeError(f'The tree servers gave {len(outputs)} outputs for {len(requests)} requests.')
+        return outputs
 
     # Weight sync.
 
     def _move_model_to_vllm(self, *args: Any, **kwargs: Any) -> None:
         super()._move_model_to_vllm(*args, **kwargs)
+        # With --async_generate too: swift waits for the rollout in flight before it sends weights.
         if self._sync_proof is not None:
             self._verify_weight_sync(self._sync_proof)
 
@@ -142,7 +157,7 @@ class TreeGRPOTrainer(GRPOTrainer):
         ours = self._score(token_ids)
 
         def compare() -> WeightSyncProof:
-            answers = self._probe_servers(token_ids)
+            answers = probe_servers(self.vllm_client, token_ids)
             for url, answer in zip(self.vllm_client.base_urls, answers, strict=True):
                 proof.check(ours, answer['logprobs'], where=f'{url}, step {self.state.global_step}')
             return proof
@@ -156,7 +171,7 @@ class TreeGRPOTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def _score(self, token_ids: list[int]) -> list[float]:
-        """The trainer's own log-probs of ``token_ids[1:]``."""
+        """The trainer's own log-probs of ``token_ids[1:]``. ZeRO-3 gathers parameters as in any forward pass."""
         was_training = self.model.training
         self.model.eval()
         try:
@@ -167,56 +182,228 @@ class TreeGRPOTrainer(GRPOTrainer):
         logprobs = logits[0, :-1].float().log_softmax(-1)
         return logprobs.gather(-1, ids[0, 1:, None]).squeeze(-1).tolist()
 
+    # Rewards.
+
+    def _compute_rewards_per_func(self, samples: list[Any]) -> torch.Tensor:
+        """Rewards of one rollout over all ranks [N, functions], checked; remembers the rollout for the metrics."""
+        rewards = super()._compute_rewards_per_func(samples)
+        reports = self._gather_reports(samples)
+        if reports is None:
+            return rewards
+        fault = find_reward_fault(rewards, self.reward_weights, self.reward_func_names, reports)
+        if fault is not None:
+            index, what = fault
+            sample = gather_object([(s.request_id, s.messages[:-1]) for s in samples])[index]
+            raise ValueError(f'{what} for sample {index} of the batch ({sample[0]}): a reward must be a finite number. '
+                             f'Its prompt: {str(sample[1])[:500]}')
+        self._rounds.append((reports, self._weigh(rewards).tolist()))
+        return settle_placeholders(rewards, reports)
+
+    def _gather_reports(self, samples: Sequence[Any]) -> list[dict[str, Any]] | None:
+        """`rollout_infos['tree']` of every sample over all ranks; None where they are not from trees."""
+        if not self.grows_trees:
+            return None
+        reports = gather_object([(s.rollout_infos or {}).get(REPORT_KEY) for s in samples])
+        missing = reports.count(None)
+        if missing == len(reports) and not self.model.training:
+            return None
+        if missing:
+            raise RuntimeError(f'{missing} of {len(reports)} samples of a batch came without a tree.')
+        return reports
+
+    def _weigh(self, rewards_per_func: torch.Tensor) -> torch.Tensor:
+        return (rewards_per_func * self.reward_weights.unsqueeze(0)).nansum(dim=1)
+
     # Advantages.
 
     def _compute_advantages(self, samples: list[Any], rewards_per_func: torch.Tensor,
                             batch_encoded_inputs: list[dict[str, Any]]) -> torch.Tensor:
-        """Tree advantages of all samples over all ranks [N], or plain GRPO's where they came without trees."""
+        """Advantages of all samples over all ranks [N]; of segments, their mean over tokens (see `_segments`)."""
         plain = super()._compute_advantages(samples, rewards_per_func, batch_encoded_inputs)  # logs reward metrics
-        reports = gather_object([(s.rollout_infos or {}).get(REPORT_KEY) for s in samples])
-        if all(report is None for report in reports):
+        reports = self._gather_reports(samples)
+        if reports is None:
             return plain
-        if any(report is None for report in reports):
-            raise RuntimeError(f'{reports.count(None)} of {len(reports)} samples of a batch came without a tree.')
-        rewards = (rewards_per_func * self.reward_weights.unsqueeze(0)).nansum(dim=1).tolist()
-        lengths = gather_object(self._loss_lengths(batch_encoded_inputs))
-        mode = 'train' if self.model.training else 'eval'
-        for key, value in tree_metrics(reports, rewards).items():
-            self._metrics[mode][key].append(value)
-        advantages = tree_advantages(reports, rewards, lengths, self.tree_config)
-        return torch.tensor(advantages, dtype=plain.dtype, device=plain.device)
+        self._log_trees()
+        rewards = self._weigh(rewards_per_func)
+        batches = [encoded['grpo_batch'] for encoded in batch_encoded_inputs]
+        if self.kl_in_reward and self.beta != 0.0:
+            kl = [((b.old_per_token_logps - b.ref_per_token_logps) * b.completion_mask).sum(-1) for b in batches]
+            rewards = rewards - self.beta * gather(torch.cat(kl))
+        self._check_alignment(reports, batches)
+        kept = gather_object([n for b in batches for n in self._loss_mask(b).sum(-1).tolist()])
+        segments = tree_advantages(reports, rewards.tolist(), kept, self.tree_config)
+        if is_segment_level(self.tree_config.estimator):
+            start = sum(gather_object([len(samples)])[:self.accelerator.process_index])
+            self._segments = segments[start:start + len(samples)]
+        return torch.tensor([s.mean for s in segments], dtype=plain.dtype, device=plain.device)
 
-    def _loss_lengths(self, batch_encoded_inputs: list[dict[str, Any]]) -> list[int]:
-        """Loss tokens of each local sample."""
-        lengths: list[int] = []
-        for encoded in batch_encoded_inputs:
-            batch = encoded['grpo_batch']
-            mask = batch.completion_mask
-            if self.overlong_filter:
-                mask = mask & ~batch.truncated_mask.unsqueeze(-1)
-            lengths += mask.sum(-1).tolist()
-        return lengths
+    def _postprocess_batch(self, samples: list[Any], batch_encoded_inputs: list[dict[str, Any]]) -> None:
+        super()._postprocess_batch(samples, batch_encoded_inputs)
+        segments, self._segments = self._segments, None
+        if segments is not None:
+            chunks = self.split_by_mini_batches(segments)
+            for chunk, encoded in zip(chunks, batch_encoded_inputs, strict=True):
+                spread_segments(chunk, encoded['grpo_batch'])
+
+    def _log_trees(self) -> None:
+        rounds, self._rounds = self._rounds, []
+        mode = 'train' if self.model.training else 'eval'
+        metrics = tree_metrics([report for reports, _ in rounds for report in reports],
+                               [reward for _, rewards in rounds for reward in rewards],
+                               rounds=[len(reports) for reports, _ in rounds])
+        for key, value in metrics.items():
+            self._metrics[mode][key].append(value)
+
+    def _loss_mask(self, batch: Any) -> torch.Tensor:
+        if self.overlong_filter:
+            return batch.completion_mask & ~batch.truncated_mask.unsqueeze(-1)
+        return batch.completion_mask
+
+    def _check_alignment(self, reports: Sequence[dict[str, Any]], batches: Sequence[Any]) -> None:
+        """Every trajectory has as many loss tokens as its nodes were sampled with; raises on all ranks or on none."""
+        lengths = gather_object([n for b in batches for n in b.completion_mask.sum(-1).tolist()])
+        for report, length in zip(reports, lengths, strict=True):
+            sampled = 0 if is_placeholder(report) else sum(report['tokens'])
+            if sampled != length:
+                raise RuntimeError(f'A trajectory of tree {report["id"]} has {length} loss tokens in the trainer, but '
+                                   f'its nodes {report["nodes"]} were sampled with {sampled}: advantages would land on '
+                                   'the wrong tokens. Do trainer and server use the same template and tokenizer?')
+        without = gather_object([b.rollout_per_token_logps is None for b in batches])
+        if self.rollout_importance_sampling_mode is not None and any(without):
+            raise RuntimeError('--rollout_importance_sampling_mode: log-probs of the rollout are missing or do not fit '
+                               'its tokens, and swift would leave the correction out without a word.')
+
+
+# Servers.
+
+
+def probe_servers(client: VLLMInferClient, token_ids: list[int] | None = None) -> list[dict[str, Any] | None]:
+    """One probe for each server (the client deals requests out evenly); None where it knows no probes."""
+    note = RequestNote(mode='probe', token_ids=token_ids).to_dict()
+    request = RolloutInferRequest(messages=[{'role': 'user', 'content': 'probe'}], data_dict={REQUEST_KEY: note})
+    config = asdict(RequestConfig(max_tokens=1, return_details=True))
+    outputs = client.infer([asdict(request)] * client.num_servers, config, use_tqdm=False)
+    return [getattr(output, 'rollout_infos', {}).get(REQUEST_KEY) for output in outputs]
+
+
+def find_trees(client: VLLMInferClient) -> list[tuple[str, dict[str, Any]]]:
+    """(url, engine info) of every server, empty where none grows trees."""
+    answers = probe_servers(client)
+    if any(answers) and not all(answers):
+        plain = [url for url, answer in zip(client.base_urls, answers, strict=True) if not answer]
+        raise ConfigError(f'Some rollout servers grow trees and others do not: {", ".join(plain)} '
+                          'need --multi_turn_scheduler treepo too.')
+    return [(url, answer['engine']) for url, answer in zip(client.base_urls, answers, strict=True) if answer]
+
+
+# Rewards.
+
+
+def is_placeholder(report: dict[str, Any]) -> bool:
+    return StopReason(report['stop']).is_placeholder
+
+
+def find_reward_fault(rewards: torch.Tensor, weights: torch.Tensor, names: Sequence[str],
+                      reports: Sequence[dict[str, Any]]) -> tuple[int, str] | None:
+    """The first sample without a finite total reward, and what was returned for it.
+
+    One function may answer None (nan in `rewards` [N, functions]) where it has nothing to say, but not all of them.
+    """
+    if not names:
+        return None  # distillation: the teacher is the only signal
+    for index, (row, report) in enumerate(zip((rewards * weights).tolist(), reports, strict=True)):
+        if is_placeholder(report):
+            continue
+        if all(map(math.isnan, row)):
+            return index, f'Reward function {" and ".join(map(repr, names))} returned None or nan'
+        for name, value, weighted in zip(names, rewards[index].tolist(), row, strict=True):
+            if math.isinf(weighted):
+                return index, f'Reward function {name!r} returned {value}'
+    return None
+
+
+def settle_placeholders(rewards: torch.Tensor, reports: Sequence[dict[str, Any]]) -> torch.Tensor:
+    """Give placeholders the mean rewards of their tree, so that nothing that swift counts was invented for them.
+
+    Its reward metrics, and its test for groups that are all alike (``--dynamic_sample``), see every row. Where a whole
+    tree is placeholders their rewards become nan, which swift reads as 0.
+    """
+    healthy: dict[str, list[int]] = {}
+    for index, report in enumerate(reports):
+        if not is_placeholder(report):
+            healthy.setdefault(report['id'], []).append(index)
+    settled = rewards.clone()
+    for index, report in enumerate(reports):
+        if is_placeholder(report):
+            siblings = rewards[healthy.get(report['id'], [])]
+            # The mean of equal numbers may differ from them in the last bit, and groups would no longer be flat.
+            alike = (siblings == siblings[:1]).all(dim=0)
+            settled[index] = torch.where(alike, siblings[0], siblings.nanmean(dim=0)) if len(siblings) else math.nan
+    return settled
+
+
+# Advantages.
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Advantages of one trajectory: `values[k]` for its next `tokens[k]` loss tokens."""
+
+    values: list[float]
+    tokens: list[int]
+    mean: float
+    """Over the tokens; the advantage that swift knows of."""
 
 
 def tree_advantages(reports: Sequence[dict[str, Any]], rewards: Sequence[float], lengths: Sequence[int],
-                    config: TreeConfig) -> list[float]:
-    """Whitened advantages of a whole batch, one per trajectory.
+                    config: TreeConfig) -> list[Segments]:
+    """Normalised advantages of a whole batch, one `Segments` per trajectory.
 
-    Failed trajectories are in no baseline and get 0. Arguments are in the same order, over all ranks: what
-    ``rollout_infos['tree']`` says, the weighted reward, and the number of loss tokens.
+    An estimator of trajectory level makes one segment of each trajectory. Placeholders are in no baseline and get 0.
+    Arguments are in the same order, over all ranks: what ``rollout_infos['tree']`` says, the weighted reward, and the
+    number of loss tokens (0 where ``--overlong_filter`` takes a trajectory out of the loss).
     """
-    healthy = [i for i, report in enumerate(reports) if report['stop'] != StopReason.FAILED.value]
-    raw = estimate([[reports[i]['id'], *reports[i]['nodes']] for i in healthy], [rewards[i] for i in healthy],
-                   estimator=config.estimator,
-                   weighting=config.weighting,
-                   reject_flat_subgroups=config.reject_flat_subgroups,
-                   include_root=config.include_root,
-                   count_chains=config.count_chains)
-    advantages = [0.0] * len(reports)
-    for i, value in zip(
-            healthy, whiten(raw, [lengths[i] for i in healthy], shift_mean=config.whiten_shift_mean), strict=True):
-        advantages[i] = value
+    healthy = [i for i, report in enumerate(reports) if not is_placeholder(report)]
+    paths = [[reports[i]['id'], *reports[i]['nodes']] for i in healthy]
+    options = dict(
+        estimator=config.estimator,
+        weighting=config.weighting,
+        reject_flat_subgroups=config.reject_flat_subgroups,
+        include_root=config.include_root,
+        count_chains=config.count_chains)
+    if is_segment_level(config.estimator):
+        raw = estimate_segments(paths, [rewards[i] for i in healthy], **options)
+        tokens = [reports[i]['tokens'] for i in healthy]
+    else:
+        raw = [[value] for value in estimate(paths, [rewards[i] for i in healthy], **options)]
+        tokens = [[sum(reports[i]['tokens'])] for i in healthy]
+    flat = iter(
+        normalise([value for values in raw for value in values],
+                  [n if lengths[i] else 0 for i, counts in zip(healthy, tokens, strict=True) for n in counts],
+                  [reports[i]['id'] for i, values in zip(healthy, raw, strict=True) for _ in values],
+                  how=config.normalisation,
+                  shift_mean=config.whiten_shift_mean))
+    advantages = [Segments([], [], 0.0)] * len(reports)
+    for i, counts in zip(healthy, tokens, strict=True):
+        values = [next(flat) for _ in counts]
+        mean = sum(v * n for v, n in zip(values, counts, strict=True)) / max(sum(counts), 1)
+        advantages[i] = Segments(values, counts, mean)
     return advantages
+
+
+def spread_segments(segments: Sequence[Segments], batch: Any) -> None:
+    """Write segments' advantages over their loss tokens, wherever the layout of `batch` has put those.
+
+    swift has written each trajectory's mean to all of its tokens, and perhaps added a teacher's term: what is left to
+    add is each segment's difference from the mean.
+    """
+    for row, trajectory in enumerate(segments):
+        mask = batch.completion_mask[row].bool()
+        counts = torch.tensor(trajectory.tokens, dtype=torch.long, device=mask.device)
+        if int(mask.sum()) != int(counts.sum()):
+            raise RuntimeError(f'Row {row} has {int(mask.sum())} loss tokens for segments of {trajectory.tokens}.')
+        gaps = torch.tensor(trajectory.values, dtype=batch.advantages.dtype, device=mask.device) - trajectory.mean
+        batch.advantages[row, mask] += gaps.repeat_interleave(counts)
 
 
 __all__ = ['TreeGRPOConfig', 'TreeGRPOTrainer', 'WeightSyncError', 'tree_advantages']
