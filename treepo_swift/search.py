@@ -239,7 +239,8 @@ class TreeSearch:
         if self.tree.stats.failures >= MAX_FAILURES_PER_WIDTH * self.width:
             self.give_up(f'{self.tree.stats.failures} segments of this tree failed, the last one: {self.last_error}')
             return []
-        if self.config.budget == 'by_segment_tokens':
+        grows_on = self._survivors or (self.config.fallback, self.config.fallback_fill) != ('none', 'placeholder')
+        if self.config.budget == 'by_segment_tokens' and grows_on:
             self.waiting = True
             return []
         return self.resume()

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import pickle
 import random
@@ -16,10 +17,11 @@ pytest.importorskip('swift')
 
 from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest, RolloutOutput  # noqa: E402
 
-from tests.builders import EOS, decode, logprobs  # noqa: E402
+from tests.builders import EOS, decode, logprobs, segment_of  # noqa: E402
 from tests.integration.fake_engine import FakeEngine, FakeTokenizer  # noqa: E402
 from treepo_swift.config import ConfigError, TreeConfig  # noqa: E402
 from treepo_swift.engine import EngineError  # noqa: E402
+from treepo_swift.policies.answers import register_answer  # noqa: E402
 from treepo_swift.scheduler import RolloutError, RolloutFailure, TreeRolloutScheduler  # noqa: E402
 from treepo_swift.search import Segment  # noqa: E402
 from treepo_swift.transport import RequestNote  # noqa: E402
@@ -49,7 +51,7 @@ def requests(*prompts: str,
 def rollout(batch: list[RolloutInferRequest],
             target: TreeRolloutScheduler | None = None,
             **config) -> list[RolloutOutput]:
-    request_config = RequestConfig(max_tokens=64, return_details=True, logprobs=True, **config)
+    request_config = RequestConfig(**{'max_tokens': 64, 'return_details': True, 'logprobs': True, **config})
     return asyncio.run((target or scheduler()).rollout(batch, request_config, use_tqdm=False))
 
 
@@ -404,3 +406,149 @@ def test_engine_errors_count_as_node_failures_in_the_stats():
         scheduler(FakeEngine(fails=lambda call: call == 1)))
     assert sum(tree_of(o).get('stats', {}).get('failures', 0) for o in outputs) == 1
     assert issubclass(EngineError, RuntimeError)
+
+
+def words(*segments: str):
+    """An engine that says these texts, segment by segment, and EOS when a segment is shorter than was asked for."""
+    def speak(context: list[int], max_tokens: int, seed: int) -> Segment:
+        said = len(context) - len(b'prompt')
+        text = ''.join(segments)
+        ids = list(text.encode())[said:said + max_tokens]
+        stop = None if len(ids) == max_tokens else StopReason.EOS
+        return segment_of([*ids, EOS] if stop else ids, stop)
+
+    return FakeEngine(speak=speak)
+
+
+def stops(engine: FakeEngine, count: int = 2, **config) -> list[tuple[str, str]]:
+    settings = TreeConfig(**{'segment_length': 16, 'max_depth': 4, 'root_divergence': 1, 'fallback': 'none', **config})
+    outputs = rollout(requests(*['prompt'] * count, config=settings), scheduler(engine))
+    return [(tree_of(o)['stop'], o.messages[-1]['content']) for o in outputs]
+
+
+def test_an_answer_is_found_across_segments_and_cut_where_asked():
+    text = 'so it is \\boxed{12} and more words follow here until the end'
+    assert stops(words(text))[0] == ('answer', text[:32])
+    assert stops(words(text), after_answer='cut')[0] == ('answer', 'so it is \\boxed{12}')
+    config = TreeConfig(segment_length=16, max_depth=4, root_divergence=1, fallback='none', after_answer='cut')
+    cut = rollout(requests('prompt', 'prompt', config=config), scheduler(words(text)))[0]
+    assert tree_of(cut)['tokens'] == [16, 3] and len(cut.rollout_logprobs[0]) == 19
+
+
+def test_an_answer_may_need_eos():
+    text = 'it is \\boxed{12} or so, I think, yes'
+    assert stops(words(text), answer_needs_eos=True)[0] == ('answer', text)
+    assert stops(words(text), answer_needs_eos=True, answer='none')[0] == ('eos', text)
+    assert stops(words('I never answer.'), answer_needs_eos=True)[0] == ('eos', 'I never answer.')
+
+
+def test_tags_are_answers_too():
+    text = 'thinking <answer>12</answer> and more and more and more'
+    assert stops(words(text), answer='tags')[0] == ('answer', text[:32])
+    assert stops(
+        words(text.replace('answer', 'final')), answer='tags', answer_tags=['<final>', '</final>'])[0][0] == 'answer'
+    assert stops(words(text))[0][0] == 'eos'
+
+
+def test_the_first_reason_in_stop_order_counts():
+    text = 'ab' * 20 + ' \\boxed{1} '
+    settings = {'repetition_length': 8, 'repetition_count': 4, 'segment_length': 64}
+    assert stops(words(text), **settings)[0][0] == 'answer'
+    assert stops(words(text), **settings, stop_order=['repetition'])[0][0] == 'repetition'
+    assert stops(words(text), **settings, stop_at_repetition=False, stop_order=['eos'])[0][0] == 'eos'
+
+
+def test_an_answer_detector_that_raises_fails_only_its_paths():
+    @register_answer('test_odd')
+    def odd(text: str) -> bool:
+        raise KeyError('odd')
+
+    config = TreeConfig(segment_length=16, answer='test_odd', max_failure_fraction=1.0)
+    outputs = rollout(requests('prompt', 'prompt', config=config), scheduler(words('some text')))
+    assert [tree_of(o)['stop'] for o in outputs] == ['failed'] * 2
+    assert "answer: test_odd: raised KeyError: 'odd'" in tree_of(outputs[0])['error']
+
+
+@pytest.mark.parametrize('config, message', [
+    (TreeConfig(branching='odd'), "Unknown branching policy 'odd': allowed are entropy"),
+    (TreeConfig(fallback='odd'), "Unknown fallback 'odd': allowed are"),
+    (TreeConfig(answer='odd'), "Unknown answer detector 'odd': allowed are"),
+    (TreeConfig(branching='entropy', entropy_top_k=21), 'this server returns at most 20 log-probs'),
+    (TreeConfig(budget='by_segment_tokens', budget_tokens=1000), '2 prompts of a batch need at least a segment'),
+])
+def test_a_config_that_this_server_can_not_follow_is_refused(config, message):
+    config = dataclasses.replace(config, segment_length=512, max_depth=2)
+    with pytest.raises((ConfigError, ValueError), match=message):
+        rollout(requests('a', 'b', config=config))
+
+
+def test_a_probe_checks_the_trainers_config_before_training_starts():
+    note = RequestNote(mode='probe', config=TreeConfig(branching='odd').to_dict()).to_dict()
+    batch = [RolloutInferRequest(messages=[{'role': 'user', 'content': 'probe'}], data_dict={'treepo': note})]
+    with pytest.raises(ValueError, match='Unknown branching policy'):
+        rollout(batch, scheduler(FakeEngine(max_model_len=8192)))
+
+
+def test_prompts_share_the_tokens_of_a_depth():
+    """6 segments a depth: 2 each while three prompts grow, and all of them for the one that is left."""
+    widths: dict[int, int] = {}
+
+    def speak(context: list[int], max_tokens: int, seed: int) -> Segment:
+        depth = (len(context) - 1) // 16 + 1
+        widths[depth] = widths.get(depth, 0) + 1
+        if context[0] != ord('c') and depth == 2:
+            return segment_of([EOS], StopReason.EOS)
+        return segment_of([97 + seed % 26] * max_tokens)
+
+    config = TreeConfig(
+        segment_length=16,
+        max_depth=4,
+        root_divergence=8,
+        divergence=8,
+        fallback='none',
+        stop_at_repetition=False,
+        budget='by_segment_tokens',
+        budget_tokens=6 * 16)
+    outputs = rollout(requests(*'aaaaaaaabbbbbbbbcccccccc', config=config), scheduler(FakeEngine(speak=speak)))
+    assert widths == {1: 6, 2: 6, 3: 6, 4: 6}
+    assert sum(tree_of(o)['stop'] == 'token_limit' for o in outputs) == 6
+
+
+def test_placeholders_are_masked_and_do_not_count_as_failures():
+    config = TreeConfig(segment_length=16, max_depth=1, root_divergence=1, fallback='none')
+    outputs = rollout(requests(*['prompt'] * 4, config=config))
+    assert [tree_of(o)['stop'] for o in outputs[1:]] == ['absent'] * 3
+    assert all(o.response_loss_mask == [[0]] and o.rollout_logprobs == [[]] for o in outputs[1:])
+    assert tree_of(outputs[0])['stats']['failures'] == 0
+
+
+def test_arrival_order_changes_nothing():
+    """The same seed over engines of different speeds: the same trajectories, the same node ids."""
+    def seeded(delay: float):
+        class Slow(FakeEngine):
+            async def generate(self, *args, **kwargs):
+                await asyncio.sleep(random.Random(f'{delay}{self.calls}').random() * delay)
+                return await super().generate(*args, **kwargs)
+
+        outputs = rollout(requests(*'aabbaabb'), scheduler(Slow()), seed=3)
+        return [(o.response_token_ids, tree_of(o)['nodes']) for o in outputs]
+
+    assert seeded(0.0) == seeded(0.01)
+
+
+def test_reports_of_ten_thousand_trajectories_are_small():
+    config = TreeConfig(segment_length=16, max_depth=14, answer='none', stop_at_repetition=False)
+    outputs = rollout(requests(*['prompt'] * 16, config=config), max_tokens=16 * 14)
+    sizes = [len(json.dumps(tree_of(o))) for o in outputs]
+    assert sum(sizes) / len(sizes) < 400  # 10,000 of them: under 4 MB
+
+
+def test_the_configs_seed_and_the_step_change_the_tree():
+    def forks(step: int, seed: int) -> list[list[int]]:
+        config = dataclasses.replace(CONFIG, seed=seed, divergence=(1, 4))
+        note = RequestNote(config=config.to_dict(), step=step).to_dict()
+        batch = [dataclasses.replace(r, data_dict={'treepo': note}) for r in requests(*['prompt'] * 8)]
+        return [tree_of(o)['nodes'] for o in rollout(batch, seed=1)]
+
+    assert forks(0, 0) == forks(0, 0)
+    assert forks(0, 0) != forks(1, 0) and forks(0, 0) != forks(0, 1)
