@@ -118,7 +118,7 @@ def trees(config: TreeConfig) -> list[list[tuple]]:
     grown = []
     for seed in range(12):
         search = make_search(config, WIDTH, seed=seed)
-        search._context = dataclasses.replace(search._context, progress=0.4)
+        search._context = dataclasses.replace(search._context, progress=0.9)
         grow(search, answer=speak)
         grown.append([(path.stop, response_ids(path.leaf)) for path in search.tree.trajectories])
     return grown
