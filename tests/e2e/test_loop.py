@@ -1,6 +1,7 @@
 """The whole loop on real vLLM and the real swift CLIs, without a GPU."""
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 from pathlib import Path
@@ -17,7 +18,28 @@ from treepo_swift.config import TreeConfig
 from treepo_swift.transport import RequestNote
 from treepo_swift.weight_sync import PROBE_TEXT
 
-CONFIG = TreeConfig(segment_length=32, max_depth=4)
+CONFIGS = [
+    TreeConfig(segment_length=32, max_depth=4),
+    # Cuts inside segments, and policies that read log-probs and entropies.
+    TreeConfig(
+        segment_length=32,
+        max_depth=4,
+        root_divergence=1,
+        branching='entropy',
+        branch_temperature=0.5,
+        fallback='random_token',
+        fallback_candidates='any',
+        after_answer='cut'),
+    TreeConfig(
+        segment_length=32,
+        max_depth=4,
+        root_divergence=1,
+        pacing='even',
+        branching='logprob',
+        fallback='min_logprob_token',
+        budget='by_segment_tokens',
+        budget_tokens=256),
+]
 
 
 def logprobs_of(model_dir: Path, ids: list[int]) -> torch.Tensor:
@@ -97,14 +119,15 @@ def test_training_on_trees(serve, train, model, tmp_path, capsys):
     stale = (served - logprobs_of(out / 'checkpoint-2', ids)).abs().mean()
     assert followed < 1e-4 and stale > 100 * followed
 
-    exact_tokens(port, out / 'checkpoint-3')
+    for config in CONFIGS:
+        exact_tokens(port, out / 'checkpoint-3', config)
 
 
-def exact_tokens(port: int, weights: Path) -> None:
+def exact_tokens(port: int, weights: Path, config: TreeConfig) -> None:
     """Log-probs that the server reports are those of exactly these tokens after exactly this prompt."""
-    note = RequestNote(config=CONFIG.to_dict(), num_generations=4).to_dict()
+    note = RequestNote(config=config.to_dict(), num_generations=4).to_dict()
     prompts = ['What is the digit sum of 1234?'] * 4 + ['Sum the digits of 4321.'] * 4
-    outputs = post(port, [note] * 8, prompts, CONFIG.max_response_tokens)
+    outputs = post(port, [note] * 8, prompts, config.max_response_tokens)
     assert [o['response']['id'] for o in outputs] == [f'r{i}' for i in range(8)]
     tokenizer = AutoTokenizer.from_pretrained(weights)
     for text, output in zip(prompts, outputs):
@@ -116,6 +139,12 @@ def exact_tokens(port: int, weights: Path) -> None:
         assert torch.allclose(torch.tensor(output['rollout_logprobs'][0]), expected, atol=1e-3)
     reports = [o['rollout_infos']['tree'] for o in outputs]
     assert len({r['id'] for r in reports[:4]}) == 1 and reports[0]['id'] != reports[4]['id']
+    for a, b in itertools.combinations(range(4), 2):
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1],
+                                                    zip(reports[a]['nodes'], reports[b]['nodes'])))
+        ids = [outputs[i]['response_token_ids'][0] for i in (a, b)]
+        tokens = sum(reports[a]['tokens'][:shared])
+        assert ids[0][:tokens] == ids[1][:tokens] and reports[b]['tokens'][:shared] == reports[a]['tokens'][:shared]
     assert 0 < reports[0]['stats']['decoded_tokens'] < reports[0]['stats']['trajectory_tokens']
 
 

@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from treepo_swift import versions
+from treepo_swift.advantage import registered_estimators
+from treepo_swift.cli.main import main
 from treepo_swift.grouping import group_requests
 from treepo_swift.metrics import tree_metrics
 from treepo_swift.transport import RequestNote
@@ -109,3 +111,10 @@ def test_metrics_of_a_batch():
     assert metrics['tree/stop/answer'] == .25 and metrics['tree/depth'] == 1.25
     assert metrics['tree/flat_trees'] == 0 and metrics['tree/flat_subgroups'] == 1
     assert metrics['tree/scheduler_cpu_share'] == pytest.approx(.05)
+
+
+def test_bench_times_every_estimator(capsys):
+    assert main(['bench', '--trajectories', '64', '--depth', '3', '--width', '8', '--repeats', '1']) == 0
+    said = capsys.readouterr().out
+    assert all(f'\n{name} ' in said for name in registered_estimators())
+    assert main(['bench', '--trajectories', '0']) == 1

@@ -8,7 +8,7 @@ from .grpo import grpo
 from .normalisation import normalise
 from .progress import progress
 from .registry import (AdvantageEstimator, SegmentAdvantageEstimator, check_estimator, estimate, estimate_segments,
-                       is_segment_level, register_advantage)
+                       is_segment_level, register_advantage, registered_estimators)
 from .reinforce_plus_plus import reinforce_plus_plus
 from .rloo import rloo
 from .spo import spo
@@ -19,6 +19,6 @@ from .whitening import whiten
 
 __all__ = [
     'AdvantageEstimator', 'SegmentAdvantageEstimator', 'Subgroups', 'check_estimator', 'estimate', 'estimate_segments',
-    'grpo', 'is_segment_level', 'normalise', 'progress', 'register_advantage', 'reinforce_plus_plus', 'rloo', 'spo',
-    'treepo', 'treerl', 'whiten'
+    'grpo', 'is_segment_level', 'normalise', 'progress', 'register_advantage', 'registered_estimators',
+    'reinforce_plus_plus', 'rloo', 'spo', 'treepo', 'treerl', 'whiten'
 ]

@@ -49,6 +49,11 @@ def register_advantage(name: str, *, level: str = 'trajectory') -> Callable[[Est
     return add
 
 
+def registered_estimators() -> list[str]:
+    """The names that `estimate` and `estimate_segments` take."""
+    return sorted(_estimators)
+
+
 def check_estimator(name: str) -> None:
     """Raise ``ValueError`` for a name that nobody registered."""
     _estimators[name]

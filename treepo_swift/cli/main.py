@@ -4,9 +4,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import config, doctor, plugin
+from . import bench, config, doctor, plugin
 
-COMMANDS = {'doctor': doctor, 'plugin': plugin, 'config': config}
+COMMANDS = {'doctor': doctor, 'plugin': plugin, 'config': config, 'bench': bench}
 
 
 def main(argv: list[str] | None = None) -> int:
