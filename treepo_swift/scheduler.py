@@ -46,6 +46,10 @@ class _Grove:
     search: TreeSearch
 
 
+def _shares_budget(grove: _Grove) -> bool:
+    return grove.search.config.budget == 'by_segment_tokens'
+
+
 class TreeRolloutScheduler(MultiTurnScheduler):
     """Grows the answers to a prompt as one tree (TreePO, arXiv 2508.17445); single-turn.
 
@@ -135,33 +139,22 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         with self._timed():
             # A batch has one trainer, hence one config: the trainer's, if it sent one.
             self.config = notes[0].tree_config(self._default)
+            groups = self._group(requests, notes)
             if notes[0].mode == 'tree':
                 self._check_config(self.config)
-            groups = self._group(requests, notes)
-            self._check_budget(groups)
+                self._check_budget(groups)
         await self._engine.begin_batch(
             request_config, top_logprobs=self.config.entropy_top_k if self.config.branching == 'entropy' else 0)
         self._reader = PathReader(self._engine.decode, TextChecker(self.config), self._engine.stop_strings)
         groves = await asyncio.gather(*(self._plant(group, requests, notes, request_config) for group in groups))
-        rendezvous = Rendezvous(len(groves))
-        with tqdm(
-                total=len(requests),
-                desc='trajectories',
-                dynamic_ncols=True,
-                disable=not (len(requests) > 1 if use_tqdm is None else use_tqdm)) as bar:
+        shown = len(requests) > 1 if use_tqdm is None else use_tqdm
+        with tqdm(total=len(requests), desc='trajectories', dynamic_ncols=True, disable=not shown) as bar:
+            sharing = Rendezvous(sum(_shares_budget(grove) for grove in groves))
             seeded = request_config.seed is not None
-            await all_or_cancel([self._grow(grove, seeded, rendezvous, bar) for grove in groves])
+            await all_or_cancel([self._grow(grove, seeded, sharing, bar) for grove in groves])
         self._check_failures(groves)
-        outputs: list[RolloutOutput] = [None] * len(requests)  # type: ignore[list-item]
         with self._timed():
-            for grove in groves:
-                for index, position in enumerate(grove.group.members):
-                    outputs[position] = self._writer.trajectory(
-                        requests[position],
-                        grove.prompt,
-                        grove.search.tree,
-                        index,
-                        with_report=grove.note.mode == 'tree')
+            outputs = self._outputs(requests, groves)
         if REPORT_KEY in outputs[0].rollout_infos:
             outputs[0].rollout_infos[REPORT_KEY]['batch'] = {
                 'seconds': time.perf_counter() - started,
@@ -201,10 +194,11 @@ class TreeRolloutScheduler(MultiTurnScheduler):
                 'Set segment_length to a multiple of it, or --vllm_engine_kwargs \'{"block_size": ...}\' to a divisor.')
 
     def _check_budget(self, groups: Sequence[Group]) -> None:
-        needed = len(groups) * self.config.segment_length
+        trees = sum(len(group.members) > 1 for group in groups)
+        needed = trees * self.config.segment_length
         if self.config.budget == 'by_segment_tokens' and self.config.budget_tokens < needed:
-            raise ConfigError(f'budget_tokens={self.config.budget_tokens}: {len(groups)} prompts of a batch need at '
-                              f'least a segment of {self.config.segment_length} tokens each, {needed} in all.')
+            raise ConfigError(f'budget_tokens={self.config.budget_tokens}: {trees} prompts of a batch need at least a '
+                              f'segment of {self.config.segment_length} tokens each, {needed} in all.')
 
     def _group(self, requests: Sequence[RolloutInferRequest], notes: Sequence[RequestNote]) -> list[Group]:
         keys = [
@@ -251,9 +245,12 @@ class TreeRolloutScheduler(MultiTurnScheduler):
             search.give_up(error)
         return _Grove(group, request, note, prompt, search)
 
-    async def _grow(self, grove: _Grove, seeded: bool, rendezvous: Rendezvous, bar: tqdm) -> None:
-        """Drive one tree to its end. Whatever happens, no task of it outlives this call."""
-        search, reported = grove.search, 0
+    async def _grow(self, grove: _Grove, seeded: bool, sharing: Rendezvous, bar: tqdm) -> None:
+        """Drive one tree to its end. Whatever happens, no task of it outlives this call.
+
+        `sharing` is where the trees that share a token budget wait for each other.
+        """
+        search, reported, shares = grove.search, 0, _shares_budget(grove)
         running: set[asyncio.Task] = set()
 
         def launch(wave: list[SegmentRequest]) -> None:
@@ -261,10 +258,10 @@ class TreeRolloutScheduler(MultiTurnScheduler):
 
         try:
             if not search.done:
-                launch(search.start(self.config.budget_tokens // rendezvous.members))
+                launch(search.start(self.config.budget_tokens // sharing.members if shares else None))
             while running or search.waiting:
                 if not running:
-                    growing = await rendezvous.wait()
+                    growing = await sharing.wait()
                     with self._timed():
                         launch(search.resume(self.config.budget_tokens // growing))
                     continue
@@ -275,7 +272,8 @@ class TreeRolloutScheduler(MultiTurnScheduler):
                 bar.update(len(search.tree.trajectories) - reported)
                 reported = len(search.tree.trajectories)
         finally:
-            rendezvous.leave()
+            if shares:
+                sharing.leave()
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
@@ -369,6 +367,14 @@ class TreeRolloutScheduler(MultiTurnScheduler):
     def _writer(self) -> OutputWriter:
         eos = self.tokenizer.eos_token_id
         return OutputWriter(self._engine, self.get_response_token_data, 0 if eos is None else eos)
+
+    def _outputs(self, requests: Sequence[RolloutInferRequest], groves: Sequence[_Grove]) -> list[RolloutOutput]:
+        outputs: dict[int, RolloutOutput] = {}
+        for grove in groves:
+            for index, position in enumerate(grove.group.members):
+                outputs[position] = self._writer.trajectory(
+                    requests[position], grove.prompt, grove.search.tree, index, with_report=grove.note.mode == 'tree')
+        return [outputs[position] for position in range(len(requests))]
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

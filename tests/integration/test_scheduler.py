@@ -479,7 +479,7 @@ def test_an_answer_detector_that_raises_fails_only_its_paths():
 def test_a_config_that_this_server_can_not_follow_is_refused(config, message):
     config = dataclasses.replace(config, segment_length=512, max_depth=2)
     with pytest.raises((ConfigError, ValueError), match=message):
-        rollout(requests('a', 'b', config=config))
+        rollout(requests('a', 'b', 'a', 'b', config=config))
 
 
 def test_a_probe_checks_the_trainers_config_before_training_starts():
@@ -552,3 +552,11 @@ def test_the_configs_seed_and_the_step_change_the_tree():
 
     assert forks(0, 0) == forks(0, 0)
     assert forks(0, 0) != forks(1, 0) and forks(0, 0) != forks(0, 1)
+
+
+def test_single_prompts_take_no_part_in_a_shared_budget():
+    """A batch may hold a prompt of one request, and evaluation none but such: neither waits nor counts."""
+    config = TreeConfig(segment_length=16, max_depth=4, budget='by_segment_tokens', budget_tokens=32)
+    outputs = rollout(requests('a', 'b', 'a', 'c', 'a', 'a', 'c', config=config))
+    assert [tree_of(o)['id'] for o in outputs].count('request-1') == 1
+    assert len(rollout(requests(*'abcdefgh', config=config, mode='independent'))) == 8
