@@ -152,7 +152,7 @@ class VllmSegmentEngine:
         if self._with_entropies:
             entropies = [entropy([value.logprob for value in step.values()]) for step in completion.logprobs]
         stop = self._stop_reason(completion.finish_reason, completion.stop_reason)
-        return Segment(token_ids, logprobs, stop, entropies)
+        return Segment(token_ids, logprobs, stop, entropies, cached_tokens=output.num_cached_tokens or 0)
 
     async def score(self, token_ids: list[int]) -> list[float]:
         from vllm import SamplingParams

@@ -42,6 +42,8 @@ class Segment:
     """EOS or STOP_STRING where the engine saw the response end, None where it used up its `max_tokens`."""
     entropies: list[float] | None = None
     """Entropy at each token in nats, where it was asked for."""
+    cached_tokens: int = 0
+    """Tokens of the request's input that the engine found in its prefix cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,8 @@ class TreeSearch:
         """Append what was sampled for a request to its path and return the path, for hooks to look at."""
         path = self._pending[request_id]
         self.tree.stats.decoded_tokens += len(segment.token_ids)
+        self.tree.stats.input_tokens += len(self.tree.prompt_ids) + path.leaf.length
+        self.tree.stats.cached_tokens += segment.cached_tokens
         path.leaf = self.tree.add_node(request_id, path.leaf, segment.token_ids, segment.logprobs, segment.entropies)
         path.stop = segment.stop
         return path

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from dataclasses import replace
 from typing import Callable, Sequence
 
 from .policies.stopping import TextChecker, TextState, first_stop_string
@@ -69,8 +70,12 @@ class PathReader:
         if not complete(total):
             return segment
         count = next(n for n in range(1, total + 1) if complete(n))
-        return Segment(segment.token_ids[:count], segment.logprobs[:count], StopReason.STOP_STRING, segment.entropies
-                       and segment.entropies[:count])
+        return replace(
+            segment,
+            token_ids=segment.token_ids[:count],
+            logprobs=segment.logprobs[:count],
+            stop=StopReason.STOP_STRING,
+            entropies=segment.entropies and segment.entropies[:count])
 
     def _end(self, node: Node, count: int) -> str:
         """The last `count` characters up to the end of `node`."""

@@ -105,12 +105,16 @@ class Path:
 
 @dataclass(slots=True)
 class TreeStats:
-    """What growing a tree took. Tokens are sampled tokens; prompts are not counted."""
+    """What growing a tree took. Tokens are sampled tokens, prompts not counted, where nothing else is said."""
 
     decoded_tokens: int = 0
     trajectory_tokens: int = 0
     """Sum of the trajectories' lengths: what independent sampling would have decoded for the same answers."""
     engine_requests: int = 0
+    input_tokens: int = 0
+    """Sum of the engine requests' inputs, prompts included."""
+    cached_tokens: int = 0
+    """Those of them that the engine found in its prefix cache."""
     forks: int = 0
     """Branches beyond the first at a boundary, root included."""
     fallbacks: int = 0

@@ -99,6 +99,7 @@ def test_training_on_trees(serve, train, model, tmp_path, capsys):
     assert len(rows) == 3
     assert all(row['tree/trees'] == 8 and row['tree/failures'] == 0 for row in rows)
     assert all(0 < row['tree/decoded_tokens'] < row['tree/independent_tokens'] for row in rows)
+    assert all(0.2 < row['tree/prefix_hit_rate'] < 1 for row in rows)
     evaluated = [
         row for row in map(json.loads, (out / 'logging.jsonl').read_text().splitlines()) if 'eval_reward' in row
     ]

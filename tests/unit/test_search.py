@@ -279,3 +279,10 @@ def test_a_width_below_one_is_refused():
 
 def test_samples_of_the_test_language_depend_on_context_and_seed():
     assert sample([1], 20, 0) == sample([1], 20, 0) != sample([1], 20, 1)
+
+
+def test_prefix_cache_hits_are_counted():
+    search = make_search(TreeConfig(segment_length=4, max_depth=2, root_divergence=1), 2, prompt_ids=[1] * 6)
+    grow(search, answer=lambda r: Segment([7] * 4, [0.0] * 4, cached_tokens=r.prefix.length))
+    # One request from the prompt of 6 tokens, two from 4 tokens further.
+    assert (search.tree.stats.input_tokens, search.tree.stats.cached_tokens) == (6 + 2 * 10, 2 * 4)
