@@ -41,7 +41,7 @@ def test_an_ablation_grows_and_trains_scaled_down(path):
     assert all(0 < report['depth'] <= config.max_depth for report in reports)
     lengths = [len(output.response_token_ids[0]) for output in outputs]
     assert lengths == [sum(report['tokens']) for report in reports]
-    rewards = [float(output.response_token_ids[0][-1] % 2) for output in outputs]
+    rewards = [float(sum(output.response_token_ids[0]) % 2) for output in outputs]
     advantages = tree_advantages(reports, rewards, lengths, config)
     assert any(segment.mean > 0 for segment in advantages) and any(segment.mean < 0 for segment in advantages)
 
