@@ -27,19 +27,24 @@ def check_options(args: GRPOConfig, config: TreeConfig) -> None:
 def _advantage_reasons(args: GRPOConfig, config: TreeConfig) -> Iterator[str]:
     if args.advantage_estimator != 'grpo':
         yield (f'--advantage_estimator {args.advantage_estimator}: with trees the estimator is set in the tree config '
-               f'(now {config.estimator!r}). Leave the flag out.')
+               f'(now {config.estimator!r}). Set TREEPO_ESTIMATOR={args.advantage_estimator} instead.')
     if args.scale_rewards == 'gdpo':
         yield ('--scale_rewards gdpo: it normalises every reward function by itself within a prompt, but subgroups of '
                f'a tree compare total rewards. Leave it out; normalisation={config.normalisation!r} applies.')
-    # loss_type real sets scale_rewards to none by itself.
+    # Another estimator and loss_type real set scale_rewards by themselves.
+    implied = args.advantage_estimator != 'grpo' or args.loss_type == 'real'
     wanted = SCALE_REWARDS.get(args.scale_rewards)
-    if wanted not in (None, config.normalisation) and args.loss_type != 'real':
+    if wanted not in (None, config.normalisation) and not implied:
         yield (f'--scale_rewards {args.scale_rewards} with normalisation={config.normalisation!r} in the tree config: '
                f'tree advantages are scaled by the latter. Set TREEPO_NORMALISATION={wanted}, or leave '
                '--scale_rewards out.')
     if args.loss_type == 'real' and config.normalisation == 'whiten' and config.whiten_shift_mean:
         yield ('--loss_type real: it only takes the sign of an advantage, which whitening with a mean shift changes. '
                'Set TREEPO_NORMALISATION=none (or group).')
+    if args.loss_type == 'real' and args.per_device_train_batch_size % args.num_generations:
+        yield (f'--loss_type real with --per_device_train_batch_size {args.per_device_train_batch_size}: its loss '
+               'compares the answers to a prompt with each other, so every micro-batch must hold whole prompts, '
+               f'a multiple of --num_generations {args.num_generations}.')
     if args.kl_in_reward and args.beta != 0.0 and config.reject_flat_subgroups:
         yield ('--kl_in_reward true with reject_flat_subgroups: with a KL term in them no two rewards are alike, so no '
                'subgroup would ever be rejected. Use one of the two.')

@@ -1,13 +1,16 @@
 """`TreeGRPOTrainer`: swift's GRPO trainer with advantages that know the tree."""
 from __future__ import annotations
 
+import functools
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
 import torch
-from accelerate.utils import broadcast_object_list, gather, gather_object
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, broadcast_object_list, gather, gather_object
 from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest
 from swift.rlhf_trainers import GRPOConfig, GRPOTrainer, VLLMInferClient
 from swift.utils import get_logger, is_master
@@ -15,6 +18,7 @@ from swift.utils import get_logger, is_master
 from .advantage import check_estimator, estimate, estimate_segments, is_segment_level, normalise
 from .compatibility import check_options
 from .config import ConfigError, TreeConfig
+from .cpu import is_cpu_only
 from .metrics import tree_metrics
 from .plugin import SCHEDULER_NAMES
 from .transport import REPORT_KEY, REQUEST_KEY, RequestNote
@@ -33,6 +37,11 @@ class TreeGRPOConfig(GRPOConfig):
     All of that before a model loads.
     """
     def __post_init__(self) -> None:
+        if self.deepspeed:
+            if self.use_cpu:
+                raise ConfigError('--use_cpu true with --deepspeed: accelerate would leave DeepSpeed out without a '
+                                  'word. Leave --use_cpu out (and ACCELERATE_USE_CPU), and set DS_ACCELERATOR=cpu.')
+            use_gloo_for_deepspeed()
         super().__post_init__()
         config = TreeConfig.load()
         check_estimator(config.estimator)
@@ -92,6 +101,16 @@ class TreeGRPOTrainer(GRPOTrainer):
             logger.info(f'treepo: trees of width {self.num_generations}, config in {directory / CONFIG_FILE}')
             logger.info(f'treepo: advantages by estimator={config.estimator!r} and normalisation='
                         f'{config.normalisation!r}; --scale_rewards applies to samples without a tree only.')
+
+    def _setup_teacher(self) -> None:
+        super()._setup_teacher()
+        # swift 4.6.0 takes every run without a teacher for self-distillation, which it can be by a dataset column, and
+        # so refuses --loss_type real and fipo and --off_policy_sequence_mask_delta always. See `_postprocess_batch`.
+        if self.grows_trees and self._is_dynamic_self_distillation and self._needs_trajectory_advantages():
+            self._has_teacher = False
+
+    def _needs_trajectory_advantages(self) -> bool:
+        return self.loss_type in ('real', 'fipo') or self.off_policy_sequence_mask_delta is not None
 
     def _broadcast(self, function: Any) -> Any:
         """Call `function` on the main process and give its result, or its exception, to every rank."""
@@ -239,6 +258,10 @@ class TreeGRPOTrainer(GRPOTrainer):
 
     def _postprocess_batch(self, samples: list[Any], batch_encoded_inputs: list[dict[str, Any]]) -> None:
         super()._postprocess_batch(samples, batch_encoded_inputs)
+        taught = any(encoded['grpo_batch'].teacher_per_token_logps is not None for encoded in batch_encoded_inputs)
+        if taught and self._needs_trajectory_advantages():
+            raise ValueError('The dataset has teacher prompts, which go together neither with --loss_type real and '
+                             'fipo nor with --off_policy_sequence_mask_delta.')
         segments, self._segments = self._segments, None
         if segments is not None:
             chunks = self.split_by_mini_batches(segments)
@@ -272,6 +295,27 @@ class TreeGRPOTrainer(GRPOTrainer):
         if self.rollout_importance_sampling_mode is not None and any(without):
             raise RuntimeError('--rollout_importance_sampling_mode: log-probs of the rollout are missing or do not fit '
                                'its tokens, and swift would leave the correction out without a word.')
+
+
+def use_gloo_for_deepspeed() -> None:
+    """Let DeepSpeed see its other processes where there is no accelerator; accelerate knows no backend for it there.
+
+    Without it every process trains alone.
+    """
+    original = PartialState._prepare_backend
+    if not is_cpu_only() or hasattr(original, '_treepo'):
+        return
+
+    @functools.wraps(original)
+    def prepare(*args: Any, **kwargs: Any) -> tuple[str | None, DistributedType]:
+        backend, kind = original(*args, **kwargs)
+        launched = int(os.environ.get('LOCAL_RANK', -1)) != -1
+        if kind == DistributedType.NO and launched and os.environ.get('ACCELERATE_USE_DEEPSPEED') == 'true':
+            return 'gloo', DistributedType.MULTI_CPU
+        return backend, kind
+
+    prepare._treepo = True
+    PartialState._prepare_backend = prepare
 
 
 # Servers.

@@ -86,6 +86,8 @@ def build_trainer(reports: Sequence[dict[str, Any] | None],
             _has_teacher=False,
             advantage_reweight=None,
             sdar_loss_coef=0.0,
+            loss_type='dapo',
+            off_policy_sequence_mask_delta=None,
             _metrics={
                 'train': defaultdict(list),
                 'eval': defaultdict(list)
@@ -340,17 +342,20 @@ def options(**changes: Any) -> SimpleNamespace:
                 advantage_reweight=None,
                 structured_outputs_regex=None,
                 async_generate=False,
-                eval_on_start=False),
+                eval_on_start=False,
+                per_device_train_batch_size=16,
+                num_generations=8),
             **changes
         })
 
 
 @pytest.mark.parametrize('changes, config, message', [
-    (dict(advantage_estimator='rloo'), {}, 'the estimator is set in the tree config'),
+    (dict(advantage_estimator='rloo', scale_rewards='none'), {}, 'Set TREEPO_ESTIMATOR=rloo instead.$'),
     (dict(scale_rewards='gdpo'), {}, '--scale_rewards gdpo: it normalises every reward function by itself'),
     (dict(scale_rewards='none'), {}, 'TREEPO_NORMALISATION=none'),
     (dict(scale_rewards='batch'), dict(normalisation='group'), 'TREEPO_NORMALISATION=whiten'),
     (dict(loss_type='real', scale_rewards='none'), {}, '--loss_type real: it only takes the sign'),
+    (dict(loss_type='real', per_device_train_batch_size=12), dict(normalisation='none'), 'must hold whole prompts'),
     (dict(kl_in_reward=True), dict(reject_flat_subgroups=True), 'no subgroup would ever be rejected'),
     (dict(loss_type='real'), dict(estimator='progress', normalisation='none'), 'one sign per trajectory'),
     (dict(importance_sampling_level='sequence'), dict(estimator='spo'), 'Use sequence_token'),
