@@ -16,7 +16,6 @@ import signal
 import statistics
 import sys
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable
@@ -81,14 +80,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description='Compare GRPO and TreePO at equal decoded tokens.')
     parser.add_argument('--output', type=Path, default=OUTPUT / 'compare')
     parser.add_argument(
-        '--quickstart', type=Path, default=OUTPUT / 'quickstart', help='folder of the base model and its data; made there '
-        'where they are missing')
+        '--quickstart',
+        type=Path,
+        default=OUTPUT / 'quickstart',
+        help='folder of the base model and its data, made there unless they are')
     parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS))
     parser.add_argument('--seeds', nargs='+', type=int, default=[42, 1, 2])
     parser.add_argument('--tokens', type=int, default=200_000, help='decoded tokens of each run')
     parser.add_argument('--points', type=int, default=4, help='evaluations of each run, evenly spread over the tokens')
     parser.add_argument('--fresh', action='store_true', help='train these runs again even if they are there')
     args = parser.parse_args()
+    args.seeds = list(dict.fromkeys(args.seeds))
     if args.points < 1 or args.tokens < args.points:
         parser.error(f'--points {args.points} --tokens {args.tokens}: needs at least one point, and a token for each')
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends the children too, like Ctrl-C
@@ -98,8 +100,7 @@ def main() -> int:
         print(f'\n{e}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f'\nStopped; no process is left. The same command goes on from here. Logs: {args.output}',
-              file=sys.stderr)
+        print(f'\nStopped; no process is left. The same command goes on. Logs: {args.output}', file=sys.stderr)
         return 130
     return 0
 
@@ -119,8 +120,8 @@ def compare(args: argparse.Namespace) -> None:
     step('1/4', 'the model and its task')
     base, data = make_model(quickstart)
     missing = [run for run in runs if not run.is_finished()]
-    step('2/4', f'training: {len(missing)} of {len(runs)} runs of {args.tokens:,} decoded tokens'
-         f'{"; the others are there (--fresh trains again)" if len(missing) < len(runs) else ""}')
+    reused = '; the others are there (--fresh trains again)' if len(missing) < len(runs) else ''
+    step('2/4', f'training: {len(missing)} of {len(runs)} runs of {args.tokens:,} decoded tokens{reused}')
     train_all(missing, output, base, data)
     step('3/4', f'held-out accuracy ({HELDOUT} problems, one sample each at temperature 1)')
     results = evaluate(runs, accuracy(base, quickstart / 'base-heldout.json'))
@@ -155,23 +156,23 @@ def train_all(runs: list[Run], output: Path, base: Path, data: Path) -> None:
         port = free_port()
         log = output / f'rollout-{name}.log'
         print(f'      {name} rollout server on port {port} (log: {log})', flush=True)
-        with Service(f'The {name} rollout server', ['bash', str(script)], log=log, env={
-                **env, 'PORT': str(port)
-        }) as server:
+        env['PORT'] = str(port)
+        with Service(f'The {name} rollout server', ['bash', str(script)], log=log, env=dict(env)) as server:
             server.wait_for_health(port, timeout=START_TIMEOUT)
             for run in batch:
                 done += 1
-                train(run, server, {**env, 'PORT': str(port)}, f'{done}/{len(runs)} {run.name}')
+                train(run, server, env, f'{done}/{len(runs)} {run.name}')
 
 
 def train(run: Run, server: Service, env: dict[str, str], label: str) -> None:
     shutil.rmtree(run.folder, ignore_errors=True)  # what a run that was stopped has left
     passed = run.folder / 'points.jsonl'
     tree = METHODS[run.method].tree or {}
-    env = {
-        **env,
-        **{f'TREEPO_{key}': value
-           for key, value in tree.items()}, 'GROUP_PORT': str(free_port()),
+    env = env | {
+        f'TREEPO_{key}': value
+        for key, value in tree.items()
+    } | {
+        'GROUP_PORT': str(free_port()),
         'SEED': str(run.seed),
         'STEPS': str(MAX_STEPS),
         'OUTPUT': str(run.folder / 'train'),
@@ -255,9 +256,10 @@ def table(results: dict[str, Any]) -> str:
         span = f'{steps[0]} to {steps[-1]}' if len(steps) > 1 else str(steps[0])
         lines.append(f'| {METHODS[method].title} | {span} | ' + ' | '.join(cells) + ' |')
     spread = ': mean ± standard deviation (lowest to highest)' if len(seeds) > 1 else ''
-    return '\n'.join(lines) + (f'\n\nHeld-out accuracy in % ({results["heldout_problems"]} problems, one sample each at '
-                               f'temperature 1) over seeds {", ".join(map(str, seeds))}{spread}. '
-                               f'Before training: {results["base_accuracy"]:.1%}.\n')
+    lines.append(
+        f'\nHeld-out accuracy in % ({results["heldout_problems"]} problems, one sample each at temperature 1) over '
+        f'seeds {", ".join(map(str, seeds))}{spread}. Before training: {results["base_accuracy"]:.1%}.\n')
+    return '\n'.join(lines)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

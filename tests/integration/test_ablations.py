@@ -1,8 +1,14 @@
-"""Every config under examples/ablations loads, and grows trees of width 16 scaled down to a fake engine."""
+"""Every config under examples/ablations loads, and grows trees of width 16 scaled down to a fake engine.
+
+What compare.py does around its trainings: the token budget that ends them, and the table of what came out.
+"""
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +21,7 @@ from treepo_swift.trainer import tree_advantages  # noqa: E402
 
 FOLDER = Path(__file__).parents[2] / 'examples' / 'ablations'
 FILES = sorted(FOLDER.glob('*.yaml'))
+sys.path.insert(0, str(FOLDER))
 SCALE = 32
 """512 tokens become 16."""
 
@@ -51,3 +58,60 @@ def test_configs_differ_and_the_table_names_all():
     assert len(set(configs)) == len(configs)
     readme = (FOLDER / 'README.md').read_text()
     assert all(f'| `{path.name}` |' in readme for path in FILES) and readme.count('.yaml` |') == len(FILES)
+
+
+def test_the_token_budget_saves_at_marks_and_stops_at_the_last(tmp_path, monkeypatch):
+    monkeypatch.setenv('TOKEN_MARKS', '1000,2000')
+    monkeypatch.setenv('TOKEN_POINTS', str(tmp_path / 'points.jsonl'))
+    from token_budget import TokenBudget
+    args = SimpleNamespace(generation_batch_size=64)
+    callback = TokenBudget(args, None)
+    asked = []
+    # 640 tokens without a tree, 600 with one, the summary of the end, 800 that reach the last mark.
+    logs = [{
+        'completions/mean_length': 10.0
+    }, {
+        'completions/mean_length': 20.0,
+        'tree/decoded_tokens': 600.0
+    }, {
+        'train_runtime': 1.0
+    }, {
+        'completions/mean_length': 12.5
+    }]
+    for step, row in enumerate(logs, start=1):
+        control = SimpleNamespace(should_save=False, should_training_stop=False)
+        callback.on_log(args, SimpleNamespace(global_step=step), control, row)
+        asked.append((control.should_save, control.should_training_stop))
+    assert asked == [(False, False), (True, False), (False, False), (True, True)]
+    points = [json.loads(line) for line in (tmp_path / 'points.jsonl').read_text().splitlines()]
+    assert points == [{'mark': 1000, 'tokens': 1240, 'step': 2}, {'mark': 2000, 'tokens': 2040, 'step': 4}]
+
+
+def test_the_table_has_a_row_per_method_and_a_column_per_mark():
+    from compare import table
+    points = [{
+        'method': 'grpo',
+        'seed': seed,
+        'mark': mark,
+        'tokens': mark + 7,
+        'step': mark // 100,
+        'accuracy': accuracy
+    } for seed, mark, accuracy in ((1, 500, .5), (2, 500, .6), (1, 1000, .7), (2, 1000, .7))]
+    text = table({'base_accuracy': .48, 'heldout_problems': 256, 'points': points})
+    assert '| method | steps | 500 tokens | 1,000 tokens |' in text
+    assert '| GRPO, independent sampling | 10 | 55.0 ± 7.1 (50.0 to 60.0) | 70.0 ± 0.0 (70.0 to 70.0) |' in text
+    assert 'over seeds 1, 2' in text and 'Before training: 48.0%' in text
+
+
+def test_methods_are_tree_configs_and_only_grpo_has_no_tree():
+    from compare import METHODS
+    configs = {
+        name: TreeConfig.load({
+            f'TREEPO_{key}': value
+            for key, value in method.tree.items()
+        })
+        for name, method in METHODS.items() if method.tree is not None
+    }
+    assert set(METHODS) - set(configs) == {'grpo'}
+    assert (configs['grpo_tree'].estimator, configs['grpo_tree'].normalisation) == ('grpo', 'none')
+    assert configs['treepo'] == TreeConfig() and configs['treepo_more_init'].root_divergence == (2, 8)
