@@ -153,7 +153,7 @@ def train(port: int, environment: dict[str, str], folder: Path, *args: str, **en
         ['bash', str(script), '--max_completion_length', '128', '--check_model', 'false', *args],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         env={
             **environment, 'PORT': str(port),
             'GROUP_PORT': str(free_port()),
