@@ -51,6 +51,7 @@ def apply() -> None:
     patch_synchronize()
     patch_device_context()
     patch_device_check()
+    patch_deepspeed_backend()
     if importlib.util.find_spec('vllm') is None:
         return
     set_vllm_environment()
@@ -149,6 +150,25 @@ def patch_weight_packing() -> None:
         return dispatch
 
     _replace('vllm.model_executor.layers.utils', 'dispatch_cpu_unquantized_gemm', build)
+
+
+def patch_deepspeed_backend() -> None:
+    """Let DeepSpeed see its other processes: accelerate knows no backend for it where there is no accelerator.
+
+    Without it every process trains alone, and nothing says so.
+    """
+    def build(original: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+            from accelerate.utils import DistributedType
+            backend, kind = original(self, *args, **kwargs)
+            launched = int(os.environ.get('LOCAL_RANK', -1)) != -1
+            if kind == DistributedType.NO and launched and os.environ.get('ACCELERATE_USE_DEEPSPEED') == 'true':
+                return 'gloo', DistributedType.MULTI_CPU
+            return backend, kind
+
+        return prepare
+
+    _replace('accelerate.state:PartialState', '_prepare_backend', build)
 
 
 def _replace(owner: str, name: str, build: Callable[[Any], Any]) -> Any:

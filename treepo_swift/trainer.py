@@ -1,28 +1,25 @@
 """`TreeGRPOTrainer`: swift's GRPO trainer with advantages that know the tree."""
 from __future__ import annotations
 
-import functools
-import math
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
 import torch
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType, broadcast_object_list, gather, gather_object
+from accelerate.utils import broadcast_object_list, gather, gather_object
 from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest
 from swift.rlhf_trainers import GRPOConfig, GRPOTrainer, VLLMInferClient
 from swift.utils import get_logger, is_master
 
-from .advantage import check_estimator, estimate, estimate_segments, is_segment_level, normalise
+from .advantage import check_estimator, is_segment_level
 from .compatibility import check_options
 from .config import ConfigError, TreeConfig
-from .cpu import is_cpu_only
+from .credit import Segments, find_reward_fault, is_placeholder, settle_placeholders, spread_segments, tree_advantages
+from .handshake import find_trees, probe_servers
 from .metrics import tree_metrics
 from .plugin import SCHEDULER_NAMES
+from .policies.branching import expected_saving
 from .transport import REPORT_KEY, REQUEST_KEY, RequestNote
-from .tree import StopReason
 from .weight_sync import MAX_PROBE_TOKENS, PROBE_TEXT, WeightSyncError, WeightSyncProof
 
 logger = get_logger()
@@ -37,11 +34,9 @@ class TreeGRPOConfig(GRPOConfig):
     All of that before a model loads.
     """
     def __post_init__(self) -> None:
-        if self.deepspeed:
-            if self.use_cpu:
-                raise ConfigError('--use_cpu true with --deepspeed: accelerate would leave DeepSpeed out without a '
-                                  'word. Leave --use_cpu out (and ACCELERATE_USE_CPU), and set DS_ACCELERATOR=cpu.')
-            use_gloo_for_deepspeed()
+        if self.deepspeed and self.use_cpu:
+            raise ConfigError('--use_cpu true with --deepspeed: accelerate would leave DeepSpeed out without a word. '
+                              'Leave --use_cpu out (and ACCELERATE_USE_CPU), and set DS_ACCELERATOR=cpu.')
         super().__post_init__()
         config = TreeConfig.load()
         check_estimator(config.estimator)
@@ -55,7 +50,7 @@ class TreeGRPOConfig(GRPOConfig):
                     base_urls=self.vllm_server_base_url,
                     hosts=self.vllm_server_host,
                     server_ports=self.vllm_server_port,
-                    connection_timeout=self.vllm_server_timeout))
+                    connection_timeout=self.vllm_server_timeout), config)
         if self.tree_engines:
             config.check_fits(self.max_completion_length, '--max_completion_length')
             for url, engine in self.tree_engines:
@@ -98,7 +93,9 @@ class TreeGRPOTrainer(GRPOTrainer):
             directory = Path(self.args.output_dir)
             directory.mkdir(parents=True, exist_ok=True)
             (directory / CONFIG_FILE).write_text(config.to_yaml())
-            logger.info(f'treepo: trees of width {self.num_generations}, config in {directory / CONFIG_FILE}')
+            saving = expected_saving(config, self.num_generations)
+            logger.info(f'treepo: trees of width {self.num_generations}, config in {directory / CONFIG_FILE}. Where '
+                        f'paths use their whole length, they decode {saving:.0%} fewer tokens than one by one.')
             logger.info(f'treepo: advantages by estimator={config.estimator!r} and normalisation='
                         f'{config.normalisation!r}; --scale_rewards applies to samples without a tree only.')
 
@@ -176,7 +173,7 @@ class TreeGRPOTrainer(GRPOTrainer):
         ours = self._score(token_ids)
 
         def compare() -> WeightSyncProof:
-            answers = probe_servers(self.vllm_client, token_ids)
+            answers = probe_servers(self.vllm_client, token_ids=token_ids)
             for url, answer in zip(self.vllm_client.base_urls, answers, strict=True):
                 proof.check(ours, answer['logprobs'], where=f'{url}, step {self.state.global_step}')
             return proof
@@ -297,157 +294,4 @@ class TreeGRPOTrainer(GRPOTrainer):
                                'its tokens, and swift would leave the correction out without a word.')
 
 
-def use_gloo_for_deepspeed() -> None:
-    """Let DeepSpeed see its other processes where there is no accelerator; accelerate knows no backend for it there.
-
-    Without it every process trains alone.
-    """
-    original = PartialState._prepare_backend
-    if not is_cpu_only() or hasattr(original, '_treepo'):
-        return
-
-    @functools.wraps(original)
-    def prepare(*args: Any, **kwargs: Any) -> tuple[str | None, DistributedType]:
-        backend, kind = original(*args, **kwargs)
-        launched = int(os.environ.get('LOCAL_RANK', -1)) != -1
-        if kind == DistributedType.NO and launched and os.environ.get('ACCELERATE_USE_DEEPSPEED') == 'true':
-            return 'gloo', DistributedType.MULTI_CPU
-        return backend, kind
-
-    prepare._treepo = True
-    PartialState._prepare_backend = prepare
-
-
-# Servers.
-
-
-def probe_servers(client: VLLMInferClient, token_ids: list[int] | None = None) -> list[dict[str, Any] | None]:
-    """One probe for each server (the client deals requests out evenly); None where it knows no probes."""
-    note = RequestNote(mode='probe', token_ids=token_ids).to_dict()
-    request = RolloutInferRequest(messages=[{'role': 'user', 'content': 'probe'}], data_dict={REQUEST_KEY: note})
-    config = asdict(RequestConfig(max_tokens=1, return_details=True))
-    outputs = client.infer([asdict(request)] * client.num_servers, config, use_tqdm=False)
-    return [getattr(output, 'rollout_infos', {}).get(REQUEST_KEY) for output in outputs]
-
-
-def find_trees(client: VLLMInferClient) -> list[tuple[str, dict[str, Any]]]:
-    """(url, engine info) of every server, empty where none grows trees."""
-    answers = probe_servers(client)
-    if any(answers) and not all(answers):
-        plain = [url for url, answer in zip(client.base_urls, answers, strict=True) if not answer]
-        raise ConfigError(f'Some rollout servers grow trees and others do not: {", ".join(plain)} '
-                          'need --multi_turn_scheduler treepo too.')
-    return [(url, answer['engine']) for url, answer in zip(client.base_urls, answers, strict=True) if answer]
-
-
-# Rewards.
-
-
-def is_placeholder(report: dict[str, Any]) -> bool:
-    return StopReason(report['stop']).is_placeholder
-
-
-def find_reward_fault(rewards: torch.Tensor, weights: torch.Tensor, names: Sequence[str],
-                      reports: Sequence[dict[str, Any]]) -> tuple[int, str] | None:
-    """The first sample without a finite total reward, and what was returned for it.
-
-    One function may answer None (nan in `rewards` [N, functions]) where it has nothing to say, but not all of them.
-    """
-    if not names:
-        return None  # distillation: the teacher is the only signal
-    for index, (row, report) in enumerate(zip((rewards * weights).tolist(), reports, strict=True)):
-        if is_placeholder(report):
-            continue
-        if all(map(math.isnan, row)):
-            return index, f'Reward function {" and ".join(map(repr, names))} returned None or nan'
-        for name, value, weighted in zip(names, rewards[index].tolist(), row, strict=True):
-            if math.isinf(weighted):
-                return index, f'Reward function {name!r} returned {value}'
-    return None
-
-
-def settle_placeholders(rewards: torch.Tensor, reports: Sequence[dict[str, Any]]) -> torch.Tensor:
-    """Give placeholders the mean rewards of their tree, so that nothing that swift counts was invented for them.
-
-    Its reward metrics, and its test for groups that are all alike (``--dynamic_sample``), see every row. Where a whole
-    tree is placeholders their rewards become nan, which swift reads as 0.
-    """
-    healthy: dict[str, list[int]] = {}
-    for index, report in enumerate(reports):
-        if not is_placeholder(report):
-            healthy.setdefault(report['id'], []).append(index)
-    settled = rewards.clone()
-    for index, report in enumerate(reports):
-        if is_placeholder(report):
-            siblings = rewards[healthy.get(report['id'], [])]
-            # The mean of equal numbers may differ from them in the last bit, and groups would no longer be flat.
-            alike = (siblings == siblings[:1]).all(dim=0)
-            settled[index] = torch.where(alike, siblings[0], siblings.nanmean(dim=0)) if len(siblings) else math.nan
-    return settled
-
-
-# Advantages.
-
-
-@dataclass(frozen=True, slots=True)
-class Segments:
-    """Advantages of one trajectory: `values[k]` for its next `tokens[k]` loss tokens."""
-
-    values: list[float]
-    tokens: list[int]
-    mean: float
-    """Over the tokens; the advantage that swift knows of."""
-
-
-def tree_advantages(reports: Sequence[dict[str, Any]], rewards: Sequence[float], lengths: Sequence[int],
-                    config: TreeConfig) -> list[Segments]:
-    """Normalised advantages of a whole batch, one `Segments` per trajectory.
-
-    An estimator of trajectory level makes one segment of each trajectory. Placeholders are in no baseline and get 0.
-    Arguments are in the same order, over all ranks: what ``rollout_infos['tree']`` says, the weighted reward, and the
-    number of loss tokens (0 where ``--overlong_filter`` takes a trajectory out of the loss).
-    """
-    healthy = [i for i, report in enumerate(reports) if not is_placeholder(report)]
-    paths = [[reports[i]['id'], *reports[i]['nodes']] for i in healthy]
-    options = dict(
-        estimator=config.estimator,
-        weighting=config.weighting,
-        reject_flat_subgroups=config.reject_flat_subgroups,
-        include_root=config.include_root,
-        count_chains=config.count_chains)
-    if is_segment_level(config.estimator):
-        raw = estimate_segments(paths, [rewards[i] for i in healthy], **options)
-        tokens = [reports[i]['tokens'] for i in healthy]
-    else:
-        raw = [[value] for value in estimate(paths, [rewards[i] for i in healthy], **options)]
-        tokens = [[sum(reports[i]['tokens'])] for i in healthy]
-    flat = iter(
-        normalise([value for values in raw for value in values],
-                  [n if lengths[i] else 0 for i, counts in zip(healthy, tokens, strict=True) for n in counts],
-                  [reports[i]['id'] for i, values in zip(healthy, raw, strict=True) for _ in values],
-                  how=config.normalisation,
-                  shift_mean=config.whiten_shift_mean))
-    advantages = [Segments([], [], 0.0)] * len(reports)
-    for i, counts in zip(healthy, tokens, strict=True):
-        values = [next(flat) for _ in counts]
-        mean = sum(v * n for v, n in zip(values, counts, strict=True)) / max(sum(counts), 1)
-        advantages[i] = Segments(values, counts, mean)
-    return advantages
-
-
-def spread_segments(segments: Sequence[Segments], batch: Any) -> None:
-    """Write segments' advantages over their loss tokens, wherever the layout of `batch` has put those.
-
-    swift has written each trajectory's mean to all of its tokens, and perhaps added a teacher's term: what is left to
-    add is each segment's difference from the mean.
-    """
-    for row, trajectory in enumerate(segments):
-        mask = batch.completion_mask[row].bool()
-        counts = torch.tensor(trajectory.tokens, dtype=torch.long, device=mask.device)
-        if int(mask.sum()) != int(counts.sum()):
-            raise RuntimeError(f'Row {row} has {int(mask.sum())} loss tokens for segments of {trajectory.tokens}.')
-        gaps = torch.tensor(trajectory.values, dtype=batch.advantages.dtype, device=mask.device) - trajectory.mean
-        batch.advantages[row, mask] += gaps.repeat_interleave(counts)
-
-
-__all__ = ['TreeGRPOConfig', 'TreeGRPOTrainer', 'WeightSyncError', 'tree_advantages']
+__all__ = ['TreeGRPOConfig', 'TreeGRPOTrainer', 'WeightSyncError']

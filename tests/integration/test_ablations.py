@@ -17,7 +17,7 @@ pytest.importorskip('swift')
 from tests.integration.fake_engine import FakeEngine  # noqa: E402
 from tests.integration.test_scheduler import requests, rollout, scheduler, tree_of  # noqa: E402
 from treepo_swift.config import TreeConfig  # noqa: E402
-from treepo_swift.trainer import tree_advantages  # noqa: E402
+from treepo_swift.credit import tree_advantages  # noqa: E402
 
 FOLDER = Path(__file__).parents[2] / 'examples' / 'ablations'
 FILES = sorted(FOLDER.glob('*.yaml'))

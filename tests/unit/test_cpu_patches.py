@@ -18,6 +18,7 @@ TARGETS: list[tuple[Callable[[], None], str, str]] = [
     (cpu.patch_synchronize, 'torch.cuda', 'synchronize'),
     (cpu.patch_device_check, 'swift.arguments.deploy_args:RolloutArguments', '_check_device_count'),
     (cpu.patch_weight_broadcast, 'vllm.distributed.device_communicators.pynccl:PyNcclCommunicator', 'broadcast'),
+    (cpu.patch_deepspeed_backend, 'accelerate.state:PartialState', '_prepare_backend'),
     (cpu.patch_weight_packing, 'vllm.model_executor.layers.utils', 'dispatch_cpu_unquantized_gemm'),
 ]
 IDS = [f'{owner}.{name}' for _, owner, name in TARGETS]
