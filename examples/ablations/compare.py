@@ -1,6 +1,6 @@
 """Compare GRPO and TreePO at equal decoded tokens, on the quickstart's model and task, on a CPU.
 
-    python compare.py --tokens 200000 --seeds 42 1 2
+    python compare.py --tokens 150000 --seeds 42 1 2
 
 Every run has the same model, prompts, batch and learning rate and ends at the step that reaches `--tokens`. Checkpoints
 are saved at `--points` marks on the way, and solve the held-out problems. Runs that are finished are used again, so
@@ -86,8 +86,8 @@ def main() -> int:
         help='folder of the base model and its data, made there unless they are')
     parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS))
     parser.add_argument('--seeds', nargs='+', type=int, default=[42, 1, 2])
-    parser.add_argument('--tokens', type=int, default=200_000, help='decoded tokens of each run')
-    parser.add_argument('--points', type=int, default=4, help='evaluations of each run, evenly spread over the tokens')
+    parser.add_argument('--tokens', type=int, default=150_000, help='decoded tokens of each run')
+    parser.add_argument('--points', type=int, default=3, help='evaluations of each run, evenly spread over the tokens')
     parser.add_argument('--fresh', action='store_true', help='train these runs again even if they are there')
     args = parser.parse_args()
     args.seeds = list(dict.fromkeys(args.seeds))
