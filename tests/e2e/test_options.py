@@ -300,6 +300,7 @@ def run_all(argv: list[str], folder: Path) -> None:
     from swift.pipelines.train.rlhf import SwiftRLHF
     load_model = SwiftRLHF._prepare_model_tokenizer
     sys.path.insert(0, os.environ['QUICKSTART'])
+    from services import free_port
     for case in json.loads((folder / 'cases.json').read_text()):
         outcome: dict[str, Any] = {'error': None, 'model_loaded': False}
         environ = {f'TREEPO_{key.upper()}': value for key, value in case['config'].items()}
@@ -307,7 +308,9 @@ def run_all(argv: list[str], folder: Path) -> None:
         try:
             outcome['values_per_row'] = watch_advantages()
             SwiftRLHF._prepare_model_tokenizer = lambda self: (outcome.update(model_loaded=True), load_model(self))
+            # A port of its own for each: the last case's store may still listen on its port.
             flags = [*argv, *case['flags'], '--output_dir', str(folder / case['name'])]
+            flags += ['--vllm_server_group_port', str(free_port())]
             rlhf_main(flags)
         except BaseException as e:
             traceback.print_exc()
