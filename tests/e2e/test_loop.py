@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 from pathlib import Path
+from statistics import median
 
 import pytest
 import requests
@@ -104,9 +105,9 @@ def test_training_on_trees(serve, train, model, tmp_path, capsys):
         row for row in map(json.loads, (out / 'logging.jsonl').read_text().splitlines()) if 'eval_reward' in row
     ]
     assert evaluated and not any(key.startswith(('tree/', 'eval_tree/')) for row in evaluated for key in row)
-    share = max(row['tree/scheduler_cpu_share'] for row in rows)
+    share = median(row['tree/scheduler_cpu_share'] for row in rows)
     with capsys.disabled():
-        print(f'\nscheduler CPU time: at most {share:.1%} of a rollout\'s wall time; '
+        print(f'\nscheduler CPU time: {share:.1%} of a rollout\'s wall time; '
               f'tokens saved: {[round(row["tree/saved_fraction"], 2) for row in rows]}')
     assert share < 0.05
     assert TreeConfig.from_dict(yaml.safe_load((out / 'treepo_config.yaml').read_text())).max_depth == 8
