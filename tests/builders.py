@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from dataclasses import replace
 from typing import Callable, Sequence
 
 from treepo_swift.config import TreeConfig
@@ -68,27 +69,37 @@ def grow(search: TreeSearch,
          answer: Callable[[SegmentRequest], Segment | str] | None = None,
          order: random.Random | None = None,
          watch: Callable[[SegmentRequest, Segment], None] | None = None) -> TreeSearch:
-    """Drive a search to its end; `answer` returns a segment, or a string to fail the request with."""
+    """Drive a search to its end, in a random `order` of answers where one is given.
+
+    `answer` returns a segment, or a string to fail the path with. It and `watch` see each segment as a request of its
+    own, from the path's last node. The default's tokens depend only on the prefix and the path's id.
+    """
     def default(request: SegmentRequest) -> Segment:
-        return sample(search.tree.prompt_ids + response_ids(request.prefix), request.max_tokens, request.seed)
+        return sample(search.tree.prompt_ids + response_ids(request.prefix), request.max_tokens, request.path_id)
 
     reader = PathReader(decode, TextChecker(search.config), [])
     share = search.config.budget_tokens
-    waiting = search.start(share)
+    running = search.start(share)
     steps = 0
-    while waiting or search.waiting:
-        if search.waiting and not waiting:
-            waiting = search.resume(share)
+    while running or search.waiting:
+        if search.waiting and (not running or (order and order.random() < 0.5)):
+            running += search.resume(share)
             continue
         steps += 1
         assert steps < 100_000, 'the search does not end'
-        request = waiting.pop(order.randrange(len(waiting)) if order else 0)
-        segment = (answer or default)(request)
+        request = running.pop(order.randrange(len(running)) if order else 0)
+        ask = replace(request, max_tokens=min(request.max_tokens, request.segment_tokens))
+        segment = (answer or default)(ask)
         if isinstance(segment, str):
-            waiting += search.fail(request.id, segment)
+            running += search.fail(request.path_id, segment)
             continue
         if watch:
-            watch(request, segment)
-        path = search.extend(request.id, segment)
-        waiting += search.settle(request.id, text_verdict(reader.state(path.leaf), path, search.config))
+            watch(ask, segment)
+        path = search.extend(request.path_id, segment)
+        running += search.settle(request.path_id, text_verdict(reader.state(path.leaf), path, search.config))
+        left = request.max_tokens - len(segment.token_ids)
+        if search.done:
+            break
+        if path.stop is None and left:
+            running.append(replace(request, prefix=path.leaf, max_tokens=left))
     return search

@@ -118,6 +118,17 @@ class TreeConfig:
         'S: most tokens of a segment. A multiple of the KV block size lets forks reuse the whole prefix.')
     max_depth: int = _knob(14, _number(int, 1), 'D: most segments on a path.')
 
+    schedule: str = _knob(
+        'stream', _choice('stream', 'lockstep'),
+        'How the engine is asked: `stream` (a path is one request that runs on through its boundaries, and forks start '
+        'beside it) or `lockstep` (a request a segment). Both grow the same tree; `budget: by_trajectory_tokens` is '
+        'always in lockstep.')
+
+    tree_order: str = _knob(
+        'arrival', _choice('arrival', 'longest_first'),
+        'Which trees of a batch start first: in the order of the requests, or those whose prompt had the longest '
+        'trajectories at its last visit (from the second epoch on), which shortens the tail of a batch.')
+
     divergence: int | tuple[int, int] = _knob(
         2, _number(int, 1, pair='sorted'),
         'd: branching factor, branches per live path at a segment boundary. A pair `[m, n]` draws one a boundary.')
@@ -166,6 +177,9 @@ class TreeConfig:
     fallback_block: int = _knob(128, _number(int, 1), 'Tokens of a block in `random_block` and `logprob_block`.')
     fallback_favour: str = _knob('low', _choice('low', 'high'),
                                  'Whether `logprob_block` prefers blocks of low or of high mean log-prob.')
+    fallback_start: str = _knob(
+        'idle', _choice('idle', 'early'), 'When fallback starts: when no path lives (the paper), or as soon as the '
+        'live paths can not make the missing trajectories any more, which shortens the tail of a batch.')
     fallback_fill: str = _knob(
         'placeholder', _choice('placeholder', 'root'),
         'What fills a tree with `fallback: none`: masked placeholders, or fresh branches from the root.')
@@ -227,6 +241,9 @@ class TreeConfig:
         if (self.budget == 'by_width') != (self.budget_tokens == 0):
             raise ConfigError(f'budget={self.budget!r} with budget_tokens={self.budget_tokens}: budget_tokens must be '
                               'positive with the token budgets, and 0 with by_width.')
+        if self.fallback_start == 'early' and self.budget != 'by_width':
+            raise ConfigError(f'fallback_start=\'early\' with budget={self.budget!r}: its branches start beside live '
+                              'paths and would take their tokens. Use budget: by_width, or fallback_start: idle.')
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = 'TreeConfig') -> TreeConfig:

@@ -8,22 +8,24 @@ import random
 import time
 import traceback
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Iterator, Sequence
+from functools import partial
+from typing import Any, Callable, Sequence
 
 from swift.infer_engine.protocol import ChatCompletionResponseChoice, RequestConfig, RolloutInferRequest, RolloutOutput
 from swift.rollout import MultiTurnScheduler
 from swift.utils import get_logger
 from tqdm import tqdm
 
+from .admission import Admission, Forecast
 from .config import ConfigError, TreeConfig
-from .engine import EngineError, Prompt, SegmentEngine, VllmSegmentEngine, check_request_config
+from .engine import EngineCounters, Prompt, SegmentEngine, VllmSegmentEngine, check_request_config
 from .grouping import Group, group_requests, prompt_key
+from .growing import CpuClock, TreeGrower
 from .hooks import HookError, HookRunner
 from .outputs import OutputWriter, RolloutError, RolloutFailure
 from .policies.stopping import TextChecker
-from .search import Limits, Segment, SegmentRequest, TreeSearch, check_policies, text_verdict
+from .search import Limits, TreeSearch, check_policies, text_verdict
 from .tasks import Rendezvous, all_or_cancel
 from .text import PathReader
 from .transport import REPORT_KEY, REQUEST_KEY, RequestNote
@@ -36,8 +38,8 @@ SWIFT_PLACEHOLDER = [{'role': 'user', 'content': '<placeholder>'}]
 
 
 @dataclass(slots=True)
-class _Grove:
-    """One tree while it grows: its requests' positions in the batch, its prompt and its search."""
+class _Planted:
+    """One tree of a batch: its requests' positions, its prompt and its search."""
 
     group: Group
     request: RolloutInferRequest
@@ -45,9 +47,13 @@ class _Grove:
     prompt: Prompt
     search: TreeSearch
 
+    @property
+    def shares_budget(self) -> bool:
+        return self.search.config.budget == 'by_segment_tokens'
 
-def _shares_budget(grove: _Grove) -> bool:
-    return grove.search.config.budget == 'by_segment_tokens'
+
+def _where(search: TreeSearch, path: Path) -> str:
+    return f'on segment {path.leaf.depth} of path {path.id} of tree {search.tree.id}'
 
 
 class TreeRolloutScheduler(MultiTurnScheduler):
@@ -77,7 +83,8 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         self._hooks = HookRunner()
         self._reader: PathReader | None = None
         self._warned: set[str] = set()
-        self._cpu_seconds = 0.0
+        self._clock = CpuClock()
+        self._forecast = Forecast()
 
     # Override these. They may be plain or async functions; a plain one runs in a thread of its own.
 
@@ -122,21 +129,21 @@ class TreeRolloutScheduler(MultiTurnScheduler):
             ConfigError: a setting is unknown or does not fit the engine.
         """
         started = time.perf_counter()
-        self._cpu_seconds = 0.0
+        self._clock = CpuClock()
         if self._engine is None:
             raise RolloutError(
                 'TreeRolloutScheduler has no engine: trees need `--vllm_mode server` and `swift rollout`.')
         if isinstance(request_config, dict):
             request_config = RequestConfig(**request_config)
         check_request_config(request_config)
-        with self._timed():
+        with self._clock:
             requests = [RolloutInferRequest(**r) if isinstance(r, dict) else copy.copy(r) for r in infer_requests]
             notes = [self._take_note(request) for request in requests]
         if not requests:
             return []
         if notes[0].mode == 'probe':
             return [await self._probe(request, note) for request, note in zip(requests, notes, strict=True)]
-        with self._timed():
+        with self._clock:
             # A batch has one trainer, hence one config: the trainer's, if it sent one.
             self.config = notes[0].tree_config(self._default)
             groups = self._group(requests, notes)
@@ -146,19 +153,19 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         await self._engine.begin_batch(
             request_config, top_logprobs=self.config.entropy_top_k if self.config.branching == 'entropy' else 0)
         self._reader = PathReader(self._engine.decode, TextChecker(self.config), self._engine.stop_strings)
-        groves = await asyncio.gather(*(self._plant(group, requests, notes, request_config) for group in groups))
+        counted = self._engine.counters()
+        trees = await asyncio.gather(*(self._plant(group, requests, notes, request_config) for group in groups))
         shown = len(requests) > 1 if use_tqdm is None else use_tqdm
         with tqdm(total=len(requests), desc='trajectories', dynamic_ncols=True, disable=not shown) as bar:
-            sharing = Rendezvous(sum(_shares_budget(grove) for grove in groves))
-            seeded = request_config.seed is not None
-            await all_or_cancel([self._grow(grove, seeded, sharing, bar) for grove in groves])
-        self._check_failures(groves)
-        with self._timed():
-            outputs = self._outputs(requests, groves)
+            await self._grow(trees, seeded=request_config.seed is not None, progress=bar.update)
+        self._check_failures(trees)
+        with self._clock:
+            outputs = self._outputs(requests, trees)
         if REPORT_KEY in outputs[0].rollout_infos:
             outputs[0].rollout_infos[REPORT_KEY]['batch'] = {
                 'seconds': time.perf_counter() - started,
-                'scheduler_cpu_seconds': self._cpu_seconds
+                'scheduler_cpu_seconds': self._clock.seconds,
+                **self._counted_since(counted)
             }
         return outputs
 
@@ -219,7 +226,7 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         return groups
 
     async def _plant(self, group: Group, requests: Sequence[RolloutInferRequest], notes: Sequence[RequestNote],
-                     request_config: RequestConfig) -> _Grove:
+                     request_config: RequestConfig) -> _Planted:
         request, note = requests[group.members[0]], notes[group.members[0]]
         config, info = self.config, self._engine.info
         max_response = request_config.max_tokens or info.max_model_len
@@ -243,80 +250,59 @@ class TreeRolloutScheduler(MultiTurnScheduler):
             progress=note.progress)
         if error:
             search.give_up(error)
-        return _Grove(group, request, note, prompt, search)
+        return _Planted(group, request, note, prompt, search)
 
-    async def _grow(self, grove: _Grove, seeded: bool, sharing: Rendezvous, bar: tqdm) -> None:
-        """Drive one tree to its end. Whatever happens, no task of it outlives this call.
+    async def _grow(self, trees: Sequence[_Planted], *, seeded: bool, progress: Callable[[int], None]) -> None:
+        """Drive all trees of a batch to their ends."""
+        sharing = Rendezvous(sum(tree.shares_budget for tree in trees))
+        admission = Admission(ranks=self._engine.info.ranks, kv_tokens=self._engine.info.kv_tokens)
 
-        `sharing` is where the trees that share a token budget wait for each other.
-        """
-        search, reported, shares = grove.search, 0, _shares_budget(grove)
-        running: set[asyncio.Task] = set()
+        async def grow(tree: _Planted) -> None:
+            grower = TreeGrower(
+                tree.search,
+                tree.prompt,
+                engine=self._engine,
+                reader=self._reader,
+                check=partial(self._check, tree.search),
+                check_end=partial(self._ask_finished, tree),
+                clock=self._clock,
+                seeded=seeded,
+                warn=self._warn_once,
+                progress=progress)
+            async with admission.place(self._expected_tokens(tree)) as place:
+                await grower.run(place, sharing if tree.shares_budget else None)
+            if tree.search.width > 1:
+                stats = tree.search.tree.stats
+                self._forecast.learn(
+                    tree.group.key,
+                    decoded_tokens=stats.decoded_tokens,
+                    mean_length=stats.trajectory_tokens / tree.search.width)
 
-        def launch(wave: list[SegmentRequest]) -> None:
-            running.update(asyncio.ensure_future(self._advance(grove, request, seeded)) for request in wave)
+        if self.config.tree_order == 'longest_first':
+            trees = sorted(trees, key=lambda tree: self._forecast.length(tree.group.key), reverse=True)
+        await all_or_cancel(map(grow, trees))
 
-        try:
-            if not search.done:
-                launch(search.start(self.config.budget_tokens // sharing.members if shares else None))
-            while running or search.waiting:
-                if not running:
-                    growing = await sharing.wait()
-                    with self._timed():
-                        launch(search.resume(self.config.budget_tokens // growing))
-                    continue
-                finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                running -= finished
-                for task in finished:
-                    launch(task.result())
-                bar.update(len(search.tree.trajectories) - reported)
-                reported = len(search.tree.trajectories)
-        finally:
-            if shares:
-                sharing.leave()
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+    def _expected_tokens(self, tree: _Planted) -> int:
+        """KV tokens that a tree will take; 0 where it must not wait for others to end."""
+        if tree.search.width == 1 or tree.shares_budget:
+            return 0
+        first_segments = tree.search.width * self.config.segment_length
+        return len(tree.prompt.token_ids) + self._forecast.decoded_tokens(unknown=first_segments)
 
-    async def _advance(self, grove: _Grove, request: SegmentRequest, seeded: bool) -> list[SegmentRequest]:
-        """Answer one segment request, check the path and return what may start next."""
-        search = grove.search
-        try:
-            segment = await self._ask_engine(grove.prompt, request, request.seed if seeded else None)
-            with self._timed():
-                path = search.extend(request.id, self._reader.cut_at_stop_string(request.prefix, segment))
-            stop = search.stop_of(request.id, await self._check(grove, path))
-            if stop is StopReason.ANSWER and self.config.after_answer == 'cut' and segment.stop is None:
-                with self._timed():
-                    search.cut(request.id, self._reader.answer_length(path.leaf))
-            if stop is not None:
-                await self._ask_finished(grove, path, stop)
-        except (EngineError, HookError) as e:
-            self._warn_once(f'{type(e).__name__}: {e}')
-            return search.fail(request.id, str(e))
-        with self._timed():
-            return search.settle(request.id, stop)
+    def _counted_since(self, before: EngineCounters | None) -> dict[str, int]:
+        now = self._engine.counters()
+        return {} if before is None or now is None else {'engine': dataclasses.asdict(now.since(before))}
 
-    async def _ask_engine(self, prompt: Prompt, request: SegmentRequest, seed: int | None) -> Segment:
-        ids = response_ids(request.prefix)
-        for attempt in range(self.config.max_retries + 1):
-            try:
-                return await self._engine.generate(prompt, ids, max_tokens=request.max_tokens, seed=seed)
-            except Exception as e:
-                if attempt == self.config.max_retries:
-                    raise EngineError(f'{type(e).__name__}: {e} (after {attempt + 1} attempts)') from e
-        raise AssertionError('unreachable')
-
-    async def _check(self, grove: _Grove, path: Path) -> StopReason | None:
+    async def _check(self, search: TreeSearch, path: Path) -> StopReason | None:
         """What the text of a path says, by the user's `check_segment` or else by the config's checks."""
-        if grove.search.width == 1:
+        if search.width == 1:
             return None
         if type(self).check_segment is TreeRolloutScheduler.check_segment:
-            with self._timed():
+            with self._clock:
                 return self._text_verdict(path)
-        with self._timed():
+        with self._clock:
             text = self._reader.text(path.leaf)
-        where = f'on node {path.leaf.id} of tree {grove.search.tree.id}'
+        where = _where(search, path)
         verdict = await self._hooks.call(self.check_segment, path, text, timeout=self.config.hook_timeout, where=where)
         if verdict is not None and not isinstance(verdict, StopReason):
             raise HookError(f'{type(self).__name__}.check_segment {where}: returned {verdict!r}, allowed are a '
@@ -329,27 +315,27 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         except Exception as e:  # an answer detector may be a user's
             raise HookError(f'answer: {self.config.answer}: raised {type(e).__name__}: {e}') from e
 
-    def _check_failures(self, groves: Sequence[_Grove]) -> None:
-        errors = Counter(p.error for grove in groves for p in grove.search.tree.trajectories
+    def _check_failures(self, trees: Sequence[_Planted]) -> None:
+        errors = Counter(p.error for tree in trees for p in tree.search.tree.trajectories
                          if p.stop is StopReason.FAILED)
-        total = sum(len(grove.group.members) for grove in groves)
+        total = sum(len(tree.group.members) for tree in trees)
         if sum(errors.values()) > self.config.max_failure_fraction * total:
             causes = '\n'.join(f'  {count} x {error}' for error, count in errors.most_common(3))
             raise RolloutError(
                 f'{sum(errors.values())} of {total} trajectories failed, more than '
                 f'max_failure_fraction={self.config.max_failure_fraction:g}. Most common causes:\n{causes}')
 
-    async def _ask_finished(self, grove: _Grove, path: Path, stop: StopReason) -> None:
+    async def _ask_finished(self, tree: _Planted, path: Path, stop: StopReason) -> None:
         if type(self).check_finished is TreeRolloutScheduler.check_finished:
             return
         ids = response_ids(path.leaf)
-        choice = self._writer.choice(grove.prompt, ids, stop)
+        choice = self._writer.choice(tree.prompt, ids, stop)
         choice.token_ids = ids
-        messages = [*grove.request.messages, {'role': 'assistant', 'content': choice.message.content}]
-        where = f'on node {path.leaf.id} of tree {grove.search.tree.id}'
+        messages = [*tree.request.messages, {'role': 'assistant', 'content': choice.message.content}]
+        where = _where(tree.search, path)
         finished = await self._hooks.call(
             self.check_finished,
-            dataclasses.replace(grove.request, messages=messages),
+            dataclasses.replace(tree.request, messages=messages),
             choice,
             1,
             timeout=self.config.hook_timeout,
@@ -368,27 +354,18 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         eos = self.tokenizer.eos_token_id
         return OutputWriter(self._engine, self.get_response_token_data, 0 if eos is None else eos)
 
-    def _outputs(self, requests: Sequence[RolloutInferRequest], groves: Sequence[_Grove]) -> list[RolloutOutput]:
+    def _outputs(self, requests: Sequence[RolloutInferRequest], trees: Sequence[_Planted]) -> list[RolloutOutput]:
         outputs: dict[int, RolloutOutput] = {}
-        for grove in groves:
-            for index, position in enumerate(grove.group.members):
+        for tree in trees:
+            for index, position in enumerate(tree.group.members):
                 outputs[position] = self._writer.trajectory(
-                    requests[position], grove.prompt, grove.search.tree, index, with_report=grove.note.mode == 'tree')
+                    requests[position], tree.prompt, tree.search.tree, index, with_report=tree.note.mode == 'tree')
         return [outputs[position] for position in range(len(requests))]
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(f'treepo: {message}')
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        """Count the CPU time that the scheduler itself takes from the event loop."""
-        started = time.thread_time()
-        try:
-            yield
-        finally:
-            self._cpu_seconds += time.thread_time() - started
 
     def __getattr__(self, key: str) -> Any:
         # swift's base class answers None for names that do not exist, which turns typos into silence.

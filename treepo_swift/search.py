@@ -1,18 +1,20 @@
-"""The tree search as a pure state machine: segment results go in, segment requests come out.
+"""The tree search as a pure state machine: segments go in, engine requests come out.
 
 It does no I/O and knows no clock. Whoever drives it (the async scheduler, a test, a synchronous engine) hands every
 request to an engine and reports what came back, in any order.
 """
 from __future__ import annotations
 
+import hashlib
 import random
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Iterable, Sequence
 
 from .config import TreeConfig
 from .policies import fallback
-from .policies.branching import BranchContext, branching_policies, next_width, paced_width
+from .policies.branching import BranchContext, branching_policies, most_leaves, next_width, paced_width
 from .policies.stopping import TextState
 from .tree import Node, Path, StopReason, Tree
 
@@ -22,28 +24,34 @@ MAX_FAILURES_PER_WIDTH = 2
 
 @dataclass(frozen=True, slots=True)
 class SegmentRequest:
-    """Ask of the engine: continue ``prompt + tokens up to prefix`` by at most `max_tokens`."""
+    """Ask of the engine: continue ``prompt + tokens up to prefix`` by at most `max_tokens`.
 
-    id: int
-    """Becomes the id of the segment's node."""
+    Every `segment_tokens` of them (fewer where the response ends) are a segment to report. A request of one segment
+    ends at the boundary; a longer one runs on through it, and is aborted when its path stops.
+    """
+
+    path_id: int
     prefix: Node
     max_tokens: int
+    segment_tokens: int
     seed: int
     """For engines that are asked to sample reproducibly: no two requests of a tree share it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """What the engine sampled for a request."""
+    """What the engine sampled of a request."""
 
     token_ids: list[int]
     logprobs: list[float]
     stop: StopReason | None = None
-    """EOS or STOP_STRING where the engine saw the response end, None where it used up its `max_tokens`."""
+    """EOS or STOP_STRING where the engine saw the response end, None where the segment is full."""
     entropies: list[float] | None = None
     """Entropy at each token in nats, where it was asked for."""
     cached_tokens: int = 0
-    """Tokens of the request's input that the engine found in its prefix cache."""
+    """Tokens of the request's input that the engine found in its prefix cache; with its first segment."""
+    ahead: int = 0
+    """Tokens that the engine had sampled past this segment when it was handed out: lost where the path stops here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +61,17 @@ class Limits:
     max_response: int
     max_context: int
     """Prompt and response together (the engine's model length)."""
+
+
+@dataclass(slots=True)
+class _Round:
+    """A segment of every path that grew at one time: they branch together when the last of them is back."""
+
+    growing: set[int] = field(default_factory=set)
+    # By path id: the order in which answers arrive must not matter.
+    survivors: dict[int, Node] = field(default_factory=dict)
+    finished: dict[int, Path] = field(default_factory=dict)
+    failed: int = 0
 
 
 @lru_cache(maxsize=8)
@@ -80,19 +99,23 @@ def check_policies(config: TreeConfig) -> None:
 
 
 class TreeSearch:
-    """Grows one tree of `width` trajectories in lockstep (TreePO, arXiv 2508.17445).
+    """Grows one tree of `width` trajectories (TreePO, arXiv 2508.17445).
 
-    All live paths of a tree advance by one segment; when the last of them is back, the boundary decides how the
-    live ones branch. When none is live and trajectories are missing, fallback starts new branches from prefixes of
-    finished ones. Trees do not wait for each other, unless they share a token budget per depth: then `waiting`
-    turns true at a boundary, and `resume` goes on. ``width == 1`` is plain sampling, still in segments.
+    All live paths of a tree branch together, one boundary after the other: forks are decided when the last of them
+    has reported its segment. When none is live and trajectories are missing, fallback starts new branches from
+    prefixes of finished ones. ``width == 1`` is plain sampling, still in segments.
+
+    Every live path has at least one branch, so a path need not stop where it forks. With ``schedule: stream`` it is
+    one request that runs on, possibly past boundaries that are still to be decided; with ``lockstep`` it is a request
+    a segment. Both grow the same tree. Trees do not wait for each other, unless they share a token budget per depth:
+    then `waiting` turns true at a boundary, and `resume` goes on.
 
     Use::
 
         requests = search.start()
-        # for each request, when its answer is there (or else: requests += search.fail(request.id, 'why')):
-        path = search.extend(request.id, segment)
-        requests += search.settle(request.id, verdict)
+        # for each request, as its segments come (or else: requests += search.fail(request.path_id, 'why')):
+        path = search.extend(request.path_id, segment)
+        requests += search.settle(request.path_id, verdict)   # stop reading the request where path.stop is set
         # until search.done; then read search.tree.trajectories, always exactly `width` of them.
     """
     def __init__(self,
@@ -113,13 +136,18 @@ class TreeSearch:
         self.limits = limits
         self.tree = Tree(tree_id, prompt_ids)
         self.waiting = False
-        """Whether all live paths are at a boundary and `resume` has to share the budget out."""
+        """Whether a boundary waits for `resume` to share the budget out."""
         self._rng = rng
+        self._seed = rng.getrandbits(64)
         self._context = BranchContext(config, rng, progress)
-        self._pending: dict[int, Path] = {}
-        # What came back of this wave, by request: the order in which answers arrive must not matter.
-        self._survivors: dict[int, Path] = {}
-        self._finished: dict[int, Path] = {}
+        # A budget of trajectory tokens shrinks with what every path has taken, so each segment has to ask again.
+        self._runs_on = config.schedule == 'stream' and config.budget != 'by_trajectory_tokens'
+        self._last_path = 0
+        self._paths: dict[int, Path] = {}
+        self._round_of: dict[int, int] = {}
+        self._rounds: defaultdict[int, _Round] = defaultdict(_Round)
+        self._now = 0
+        self._survivors: list[Path] = []
         self._ended = 0
         self._first = 0
         self._started = False
@@ -130,6 +158,11 @@ class TreeSearch:
     @property
     def done(self) -> bool:
         return len(self.tree.trajectories) == self.width
+
+    @property
+    def growing(self) -> int:
+        """Paths that have not ended."""
+        return len(self._paths)
 
     def start(self, share: int | None = None) -> list[SegmentRequest]:
         """The first requests, all from the prompt; for `share` see `resume`."""
@@ -145,64 +178,73 @@ class TreeSearch:
         first = min(first, paced_width(self.config, width=self.width, depth=1, first=first))
         self._first = min(first, self._affordable([Path(self.tree.root)], share))
         self.tree.stats.forks += self._first - 1
-        return self._launch([Path(self.tree.root)] * self._first)
+        return self._launch([Path(self.tree.root) for _ in range(self._first)])
 
-    def extend(self, request_id: int, segment: Segment) -> Path:
-        """Append what was sampled for a request to its path and return the path, for hooks to look at."""
-        path = self._pending[request_id]
+    def leaf(self, path_id: int) -> Node:
+        """Where a growing path stands."""
+        return self._paths[path_id].leaf
+
+    def extend(self, path_id: int, segment: Segment) -> Path:
+        """Append a segment to its path and return the path, for hooks to look at."""
+        path = self._paths[path_id]
         self.tree.stats.decoded_tokens += len(segment.token_ids)
-        self.tree.stats.input_tokens += len(self.tree.prompt_ids) + path.leaf.length
         self.tree.stats.cached_tokens += segment.cached_tokens
-        path.leaf = self.tree.add_node(request_id, path.leaf, segment.token_ids, segment.logprobs, segment.entropies)
+        path.leaf = self.tree.add_node(path.leaf, segment.token_ids, segment.logprobs, segment.entropies)
         path.stop = segment.stop
         return path
 
-    def stop_of(self, request_id: int, verdict: StopReason | None) -> StopReason | None:
-        """Why the path of an extended request ends here, or None; `verdict` is what the checks of its text said.
+    def stop_of(self, path_id: int, verdict: StopReason | None) -> StopReason | None:
+        """Why an extended path ends here, or None; `verdict` is what the checks of its text said.
 
         Where several reasons hold, the first in `stop_order` counts. By default that is an answer: it is what
         fallback looks for, whether or not EOS follows it.
         """
-        path = self._pending[request_id]
+        path = self._paths[path_id]
         return first_reason({path.stop, verdict, *self._limits_reached(path.leaf)} - {None}, self.config)
 
-    def cut(self, request_id: int, count: int) -> None:
-        """Keep only the first `count` tokens of what was sampled last for a request."""
-        leaf = self._pending[request_id].leaf
+    def cut(self, path_id: int, count: int) -> None:
+        """Keep only the first `count` tokens of a path's last segment."""
+        leaf = self._paths[path_id].leaf
         del leaf.token_ids[count:], leaf.logprobs[count:]
         if leaf.entropies is not None:
             del leaf.entropies[count:]
         leaf.length = leaf.parent.length + count
         leaf.text = leaf.text_state = None
 
-    def settle(self, request_id: int, verdict: StopReason | None = None) -> list[SegmentRequest]:
-        """Close a request after `extend`.
+    def settle(self, path_id: int, verdict: StopReason | None = None) -> list[SegmentRequest]:
+        """Close a segment after `extend`; sets the path's `stop` where it ends here.
 
-        Returns the requests that may start now: none until the last live path of the wave is back.
+        Returns the requests that may start now: none until the last live path of its round is back.
         """
-        stop = self.stop_of(request_id, verdict)
-        path = self._pending.pop(request_id)
-        path.stop = stop
-        (self._survivors if stop is None else self._finished)[request_id] = path
-        return self._boundary()
+        path = self._paths[path_id]
+        path.stop = self.stop_of(path_id, verdict)
+        number = self._leave(path_id)
+        if path.stop is not None:
+            self._rounds[number].finished[path_id] = self._paths.pop(path_id)
+        else:
+            self._rounds[number].survivors[path_id] = path.leaf
+            if self._runs_on:
+                self._join(path_id, number + 1)
+        return self._boundaries()
 
-    def fail(self, request_id: int, error: str) -> list[SegmentRequest]:
-        """Report that a request could not be answered or checked. Its budget goes to the tree's other paths."""
-        self._pending.pop(request_id)
+    def fail(self, path_id: int, error: str) -> list[SegmentRequest]:
+        """Report that a path could not be continued or checked. Its budget goes to the tree's other paths."""
+        del self._paths[path_id]
         self.tree.stats.failures += 1
         self.last_error = error
-        self._ended += 1
-        return self._boundary()
+        self._rounds[self._leave(path_id)].failed += 1
+        return self._boundaries()
 
     def resume(self, share: int | None = None) -> list[SegmentRequest]:
         """Branch at the boundary where the tree waits; `share` is its part of the depth's tokens."""
+        if not self.waiting:
+            raise RuntimeError(f'Tree {self.tree.id} does not wait for a share.')
         self.waiting = False
-        live = [path for _, path in sorted(self._survivors.items())]
-        self._survivors.clear()
-        ended, self._ended = self._ended, 0
-        requests = self._fork(live, ended, share) if live else self._fall_back(share)
-        # A token budget that is used up ends paths without a request.
-        return requests or self._boundary()
+        return self._branch(share) + self._boundaries()
+
+    def discard(self, tokens: int) -> None:
+        """Count tokens that the engine sampled for nobody: past the end of a path, or in a request that failed."""
+        self.tree.stats.decoded_tokens += tokens
 
     def give_up(self, error: str) -> None:
         """Fill what is missing with failed placeholders; they have no tokens and take part in no baseline."""
@@ -226,30 +268,59 @@ class TreeSearch:
 
     def _finish(self, path: Path) -> None:
         self._ended += 1
-        self.tree.trajectories.append(path)
         self.tree.stats.trajectory_tokens += path.leaf.length
+        self.tree.add_trajectory(path, last=len(self.tree.trajectories) + 1 == self.width)
 
     def _fill(self, stop: StopReason, error: str) -> None:
-        self.tree.trajectories.append(Path(self.tree.root, stop=stop, error=error))
+        path = Path(self.tree.root, stop=stop, error=error)
+        self.tree.add_trajectory(path, last=len(self.tree.trajectories) + 1 == self.width)
 
-    def _boundary(self) -> list[SegmentRequest]:
-        if self._pending:
-            return []
-        for _, path in sorted(self._finished.items()):
+    def _join(self, path_id: int, number: int) -> None:
+        self._round_of[path_id] = number
+        self._rounds[number].growing.add(path_id)
+
+    def _leave(self, path_id: int) -> int:
+        number = self._round_of.pop(path_id)
+        self._rounds[number].growing.remove(path_id)
+        return number
+
+    def _boundaries(self) -> list[SegmentRequest]:
+        """Close every round that is complete. A token budget that is used up ends paths without a request."""
+        requests: list[SegmentRequest] = []
+        while not (self.done or self.waiting or self._rounds[self._now].growing):
+            requests += self._close(self._rounds.pop(self._now))
+        return requests
+
+    def _close(self, round_: _Round) -> list[SegmentRequest]:
+        self._now += 1
+        for _, path in sorted(round_.finished.items()):
             self._finish(path)
-        self._finished.clear()
+        self._ended += round_.failed
         if self.done:
             return []
         if self.tree.stats.failures >= MAX_FAILURES_PER_WIDTH * self.width:
             self.give_up(f'{self.tree.stats.failures} segments of this tree failed, the last one: {self.last_error}')
             return []
+        self._survivors = [Path(node, id=path_id) for path_id, node in sorted(round_.survivors.items())]
         grows_on = self._survivors or (self.config.fallback, self.config.fallback_fill) != ('none', 'placeholder')
         if self.config.budget == 'by_segment_tokens' and grows_on:
             self.waiting = True
             return []
-        return self.resume()
+        return self._branch()
+
+    def _branch(self, share: int | None = None) -> list[SegmentRequest]:
+        live, self._survivors = self._survivors, []
+        ended, self._ended = self._ended, 0
+        if not live:
+            return self._fall_back(share)
+        requests = self._fork(live, ended, share)
+        if self.config.fallback_start == 'early':
+            paths = len(requests) + (len(live) if self._runs_on else 0)
+            requests += self._fall_back_early(paths, max(path.leaf.depth for path in live))
+        return requests
 
     def _fork(self, live: list[Path], ended: int, share: int | None) -> list[SegmentRequest]:
+        """Requests for the forks of `live`, and for the paths themselves where they do not run on."""
         finished = len(self.tree.trajectories)
         depth = 1 + max(path.leaf.depth for path in live)
         cap = min(self.width, paced_width(self.config, width=self.width, depth=depth, first=self._first))
@@ -264,9 +335,10 @@ class TreeSearch:
             raise ValueError(f'branching policy {self.config.branching!r} returned {counts} for {len(live)} live paths '
                              f'and {total} branches: it must give every path at least one, and all of them out.')
         # Every path once before any twice: a token budget that runs out takes the forks, not the paths.
-        starts = [replace(path) for round_ in range(max(counts)) for path, n in zip(live, counts) if round_ < n]
-        requests = self._launch(self._within_budget(starts, keep=len(live)))
-        self.tree.stats.forks += max(len(requests) - len(live), 0)
+        forks = [Path(path.leaf) for extra in range(1, max(counts)) for path, n in zip(live, counts) if extra < n]
+        going_on = [] if self._runs_on else [self._paths[path.id] for path in live]
+        requests = self._launch(self._within_budget(going_on + forks, keep=len(going_on)))
+        self.tree.stats.forks += max(len(requests) - len(going_on), 0)
         return requests
 
     def _fall_back(self, share: int | None) -> list[SegmentRequest]:
@@ -281,15 +353,34 @@ class TreeSearch:
                            self.last_error if failed else 'no budget or no fallback was left to grow it')
         return requests
 
+    def _fall_back_early(self, paths: int, depth: int) -> list[SegmentRequest]:
+        """Branches for the trajectories that `paths` live ones of `depth` segments can not make any more."""
+        finished = len(self.tree.trajectories)
+        reach = most_leaves(self.config, paths=paths, finished=finished, width=self.width, depth=depth)
+        missing = self.width - finished - reach
+        if missing < 1 or not self._fallback_candidates():
+            return []
+        requests = self._launch(self._fallback_starts(missing))
+        self.tree.stats.fallbacks += len(requests)
+        return requests
+
+    def _fallback_candidates(self) -> list[int]:
+        if self.config.fallback in ('root', 'none'):
+            return []
+        return fallback.candidates(self.tree.trajectories, self.config, self._rng)
+
     def _fallback_starts(self, needed: int) -> list[Path]:
         root, config = self.tree.root, self.config
+
+        def from_root(count: int) -> list[Path]:
+            return self._within_budget([Path(root, fallback_from=-1) for _ in range(count)])
+
         if config.fallback == 'none':
-            return self._within_budget([Path(root, fallback_from=-1)] *
-                                       needed) if config.fallback_fill == 'root' else []
+            return from_root(needed) if config.fallback_fill == 'root' else []
         divergence = self._draw(config.divergence)
-        chosen = fallback.candidates(self.tree.trajectories, config, self._rng) if config.fallback != 'root' else []
+        chosen = self._fallback_candidates()
         if not chosen:
-            return self._within_budget([Path(root, fallback_from=-1)] * min(divergence, needed))
+            return from_root(min(divergence, needed))
         starts: list[Path] = []
         for index in chosen:
             path = self.tree.trajectories[index]
@@ -337,14 +428,25 @@ class TreeSearch:
         if limit < 1:
             for path in starts:
                 path.stop = StopReason.TOKEN_LIMIT
+                self._paths.pop(path.id, None)
                 self._finish(path)
             return []
-        return [self._request(replace(path), limit) for path in starts]
+        return [self._request(path, limit) for path in starts]
 
     def _request(self, path: Path, limit: int) -> SegmentRequest:
-        used = path.leaf.length
-        room = min(self.limits.max_response - used, self.limits.max_context - len(self.tree.prompt_ids) - used)
+        if not path.id:
+            self._last_path += 1
+            path.id = self._last_path
+            self._paths[path.id] = path
+        self._join(path.id, self._now)
+        prompt, used = len(self.tree.prompt_ids), path.leaf.length
+        room = min(self.limits.max_response, self.limits.max_context - prompt) - used
+        to_depth_limit = (self.config.max_depth - path.leaf.depth) * limit if self._runs_on else limit
         self.tree.stats.engine_requests += 1
-        request = SegmentRequest(self.tree.new_id(), path.leaf, min(limit, room), self._rng.getrandbits(31))
-        self._pending[request.id] = path
-        return request
+        self.tree.stats.input_tokens += prompt + used
+        return SegmentRequest(path.id, path.leaf, min(to_depth_limit, room), limit, self._request_seed(path))
+
+    def _request_seed(self, path: Path) -> int:
+        """Of the path and its depth alone, so that no schedule changes what the tree's generator draws."""
+        digest = hashlib.blake2b(f'{self._seed}:{path.id}:{path.leaf.depth}'.encode(), digest_size=4).digest()
+        return int.from_bytes(digest, 'big') >> 1

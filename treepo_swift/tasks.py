@@ -2,18 +2,62 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Sequence
+from types import TracebackType
+from typing import Any, Coroutine, Iterable
 
 
-async def all_or_cancel(coroutines: Sequence[Any]) -> None:
-    """Await all; when one raises or we are cancelled, cancel the others and wait until they are gone."""
-    tasks = [asyncio.ensure_future(c) for c in coroutines]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
+class Nursery:
+    """Tasks that end together: leaving the block waits for all of them, also those that they start themselves.
+
+    When one raises, or the block is left by an exception, the others are cancelled and waited for. (Python 3.11 has
+    `asyncio.TaskGroup`; we run on 3.10, and want the task's own exception instead of a group of them.)
+    """
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task] = set()
+        self._over = asyncio.Event()
+        self._closing = False
+        self._error: BaseException | None = None
+
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def cancel_others(self) -> None:
+        """Cancel all tasks but the one that calls."""
+        self._closing = True
+        for task in self._tasks - {asyncio.current_task()}:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _ended(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            self._error = self._error or task.exception()
+        elif not self._closing:
+            self._error = self._error or RuntimeError('a task was cancelled from outside')
+        if self._error is not None or not self._tasks:
+            self._over.set()
+
+    async def __aenter__(self) -> Nursery:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                        traceback: TracebackType | None) -> None:
+        try:
+            if error is None and self._tasks:
+                await self._over.wait()
+        finally:
+            self.cancel_others()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        if error is None and self._error is not None:
+            raise self._error
+
+
+async def all_or_cancel(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Await all; when one raises or we are cancelled, cancel the others and wait until they are gone."""
+    async with Nursery() as nursery:
+        for coroutine in coroutines:
+            nursery.start(coroutine)
 
 
 class Rendezvous:

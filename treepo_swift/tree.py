@@ -45,7 +45,6 @@ _CUT = {
 class Node:
     """One segment. The root stands for the prompt and has no tokens of its own."""
 
-    id: int
     parent: Node | None
     token_ids: list[int]
     """Sampled tokens of this segment only."""
@@ -57,6 +56,8 @@ class Node:
     """Response tokens from the root to the end of this node."""
     entropies: list[float] | None = None
     """Entropy of the sampling distribution at each token in nats, where a policy asked for it."""
+    id: int = 0
+    """1, 2, ... when the tree is done; 0 before, and at the root."""
     text: str | None = None
     """What `token_ids` add to the response's text, None until somebody asked (the exact thing is the ids)."""
     text_state: Any = None
@@ -101,6 +102,8 @@ class Path:
     """Index of the trajectory whose prefix a fallback branched from (-1: from the root), None without fallback."""
     error: str | None = None
     """What failed, where `stop` is FAILED."""
+    id: int = 0
+    """1, 2, ... in the order in which paths started, the same for every order of the engine's answers; 0 before."""
 
 
 @dataclass(slots=True)
@@ -128,26 +131,31 @@ class Tree:
 
     id: str
     prompt_ids: list[int]
-    root: Node = field(default_factory=lambda: Node(0, None, [], [], 0, 0))
+    root: Node = field(default_factory=lambda: Node(None, [], [], 0, 0))
     trajectories: list[Path] = field(default_factory=list)
     stats: TreeStats = field(default_factory=TreeStats)
-    _last_id: int = 0
-
-    def new_id(self) -> int:
-        """The id of a node to come. Ids count up from the root's 0."""
-        self._last_id += 1
-        return self._last_id
 
     def add_node(self,
-                 node_id: int,
                  parent: Node,
                  token_ids: list[int],
                  logprobs: list[float],
                  entropies: list[float] | None = None) -> Node:
-        """Append a segment below `parent`, under an id from `new_id`."""
+        """Append a segment below `parent`."""
         if len(token_ids) != len(logprobs):
-            raise ValueError(f'{len(token_ids)} tokens with {len(logprobs)} log-probs below node {parent.id}.')
-        return Node(node_id, parent, token_ids, logprobs, parent.depth + 1, parent.length + len(token_ids), entropies)
+            raise ValueError(f'{len(token_ids)} tokens with {len(logprobs)} log-probs in a segment of tree {self.id}.')
+        return Node(parent, token_ids, logprobs, parent.depth + 1, parent.length + len(token_ids), entropies)
+
+    def add_trajectory(self, path: Path, *, last: bool) -> None:
+        """Append a finished path; the `last` one numbers the nodes, in the order in which trajectories visit them."""
+        self.trajectories.append(path)
+        if not last:
+            return
+        number = 0
+        for trajectory in self.trajectories:
+            for node in trajectory.leaf.lineage():
+                if not node.id:
+                    number += 1
+                    node.id = number
 
     def node_at(self, path: Path, position: int) -> Node:
         """The node at whose end `path` has `position` response tokens; a segment is split where it goes through one.
@@ -167,7 +175,7 @@ class Tree:
         parent = node.parent
         count = position - parent.length
         entropies = node.entropies
-        upper = Node(self.new_id(), parent, node.token_ids[:count], node.logprobs[:count], node.depth, position,
+        upper = Node(parent, node.token_ids[:count], node.logprobs[:count], node.depth, position,
                      entropies and entropies[:count])
         node.parent = upper
         node.token_ids, node.logprobs = node.token_ids[count:], node.logprobs[count:]

@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Callable, Sequence
+from typing import Any, AsyncGenerator, Callable, Sequence
 
 from tests.builders import EOS, decode, sample
-from treepo_swift.engine import EngineInfo, Prompt
+from treepo_swift.engine import EngineInfo, Place, Prompt
 from treepo_swift.search import Segment
 
 
@@ -31,6 +31,8 @@ class FakeEngine:
         self.speak = speak or sample
         self.fails = fails
         self.inputs: list[list[int]] = []
+        self.places: list[Place] = []
+        self.requests = 0
         self.running = 0
         self.peak = 0
         self.calls = 0
@@ -44,21 +46,32 @@ class FakeEngine:
     async def begin_batch(self, request_config: Any, *, top_logprobs: int = 0) -> None:
         self.stop_strings = list(request_config.stop or [])
 
-    async def generate(self, prompt: Prompt, response_ids: Sequence[int], *, max_tokens: int,
-                       seed: int | None) -> Segment:
-        self.calls += 1
-        call = self.calls
-        context = prompt.token_ids + list(response_ids)
-        self.inputs.append(context)
+    async def generate(self, prompt: Prompt, response_ids: Sequence[int], *, max_tokens: int, segment_tokens: int,
+                       seed: int | None, place: Place) -> AsyncGenerator[Segment, None]:
+        self.places.append(place)
+        self.requests += 1
         self.running += 1
         self.peak = max(self.peak, self.running)
+        context = prompt.token_ids + list(response_ids)
         try:
-            await asyncio.sleep(0.001 * (call % 3))
-            if self.fails(call):
-                raise RuntimeError('CUDA error')
-            return self.speak(context, max_tokens, call if seed is None else seed)
+            while max_tokens:
+                self.calls += 1
+                call = self.calls
+                self.inputs.append(context)
+                await asyncio.sleep(0.001 * (call % 3))
+                if self.fails(call):
+                    raise RuntimeError('CUDA error')
+                segment = self.speak(context, min(segment_tokens, max_tokens), call if seed is None else seed)
+                max_tokens -= len(segment.token_ids)
+                context = context + segment.token_ids
+                yield segment
+                if segment.stop is not None:
+                    return
         finally:
             self.running -= 1
+
+    def counters(self) -> None:
+        return None
 
     async def score(self, token_ids: list[int]) -> list[float]:
         return [-float(token) for token in token_ids[1:]]

@@ -17,7 +17,7 @@ pytest.importorskip('swift')
 
 from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest, RolloutOutput  # noqa: E402
 
-from tests.builders import EOS, decode, logprobs, segment_of  # noqa: E402
+from tests.builders import EOS, decode, logprobs, sample, segment_of  # noqa: E402
 from tests.integration.fake_engine import FakeEngine, FakeTokenizer  # noqa: E402
 from treepo_swift.config import ConfigError, TreeConfig  # noqa: E402
 from treepo_swift.engine import EngineError  # noqa: E402
@@ -242,7 +242,7 @@ class Hangs(TreeRolloutScheduler):
 
 
 @pytest.mark.parametrize('cls, cause', [
-    (Raises, "Raises.check_segment on node .* of tree .* raised KeyError: 'board'"),
+    (Raises, "Raises.check_segment on segment 1 of path .* of tree .* raised KeyError: 'board'"),
     (Exits, 'Exits.check_segment .*SystemExit'),
     (CancelsItself, 'CancelsItself.check_segment .* raised CancelledError'),
     (ReturnsRubbish, "ReturnsRubbish.check_segment .* returned 'stop', allowed are a StopReason or None"),
@@ -527,13 +527,61 @@ def test_arrival_order_changes_nothing():
     def seeded(delay: float):
         class Slow(FakeEngine):
             async def generate(self, *args, **kwargs):
-                await asyncio.sleep(random.Random(f'{delay}{self.calls}').random() * delay)
-                return await super().generate(*args, **kwargs)
+                async for segment in super().generate(*args, **kwargs):
+                    await asyncio.sleep(random.Random(f'{delay}{self.calls}').random() * delay)
+                    yield segment
 
         outputs = rollout(requests(*'aabbaabb'), scheduler(Slow()), seed=3)
         return [(o.response_token_ids, tree_of(o)['nodes']) for o in outputs]
 
     assert seeded(0.0) == seeded(0.01)
+
+
+def test_a_path_is_one_request_and_both_schedules_grow_the_same_tree():
+    """The engine's answers depend on the prefix alone, so that they are the same for whoever asks."""
+    def speak(context: list[int], max_tokens: int, seed: int) -> Segment:
+        return sample(context, max_tokens, 0, eos_every=60)
+
+    def grown(schedule: str):
+        engine = FakeEngine(speak=speak)
+        config = dataclasses.replace(CONFIG, schedule=schedule, fallback='random_token')
+        outputs = rollout(requests(*'aabbaabb', config=config), scheduler(engine))
+        return engine, [(o.response_token_ids, tree_of(o)['nodes'], tree_of(o)['stop']) for o in outputs]
+
+    (stream, streamed), (lockstep, stepped) = grown('stream'), grown('lockstep')
+    assert streamed == stepped
+    assert stream.requests < lockstep.requests == len(lockstep.inputs)
+
+
+def test_the_longest_trees_start_first_where_asked():
+    """'b' answers at length, which the scheduler knows when it sees it again."""
+    def speak(context: list[int], max_tokens: int, seed: int) -> Segment:
+        return segment_of([97] * max_tokens) if context[0] == ord('b') else segment_of([97, EOS], StopReason.EOS)
+
+    def order(tree_order: str) -> list[str]:
+        engine = FakeEngine(speak=speak)
+        config = dataclasses.replace(CONFIG, tree_order=tree_order, stop_at_repetition=False)
+        target = scheduler(engine)
+        rollout(requests(*'aabbcc', config=config), target)
+        engine.inputs.clear()
+        rollout(requests(*'aabbcc', config=config), target)
+        return list(dict.fromkeys(chr(context[0]) for context in engine.inputs))
+
+    assert order('arrival') == ['a', 'b', 'c'] and order('longest_first') == ['b', 'a', 'c']
+
+
+def test_trees_wait_for_room_in_the_kv_cache_and_stay_on_their_rank():
+    engine = FakeEngine()
+    engine.info = dataclasses.replace(engine.info, ranks=2, kv_tokens=80)
+    config = dataclasses.replace(CONFIG, answer='none', stop_at_repetition=False)
+    outputs = rollout(requests(*'aaaabbbbccccdddd', config=config), scheduler(engine))
+    # A tree of four is expected to take 4 x 16 tokens and its prompt: one fits a rank at a time.
+    assert engine.peak <= 8 and len(outputs) == 16
+    ranks = {}
+    for place in engine.places:
+        ranks.setdefault(place.priority, set()).add(place.rank)
+    assert sorted(ranks) == [1, 2, 3, 4] and all(len(rank) == 1 for rank in ranks.values())
+    assert {rank for (rank, ) in ranks.values()} == {0, 1}
 
 
 def test_reports_of_ten_thousand_trajectories_are_small():

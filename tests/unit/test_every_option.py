@@ -55,6 +55,9 @@ TREE_FIELDS: dict[str, tuple[dict[str, Any], Any]] = {
     'fallback_favour': ({
         'fallback': 'logprob_block'
     }, 'high'),
+    'fallback_start': ({
+        'divergence': 1
+    }, 'early'),
     'fallback_fill': ({
         'fallback': 'none'
     }, 'root'),
@@ -91,6 +94,8 @@ ADVANTAGE_FIELDS: dict[str, tuple[dict[str, Any], Any]] = {
     }, False),
 }
 ELSEWHERE = {
+    'schedule': 'tests/unit/test_search.py::test_stream_and_lockstep_grow_the_same_tree',
+    'tree_order': 'tests/integration/test_scheduler.py::test_the_longest_trees_start_first_where_asked',
     'entropy_top_k': 'tests/integration/test_scheduler.py::test_a_config_that_this_server_can_not_follow_is_refused',
     'after_answer': 'tests/integration/test_scheduler.py::test_an_answer_is_found_across_segments_and_cut_where_asked',
     'seed': 'tests/integration/test_scheduler.py::test_the_configs_seed_and_the_step_change_the_tree',
@@ -105,7 +110,7 @@ ELSEWHERE = {
 
 def speak(request: SegmentRequest):
     """Babble of letters that differ in probability, with a closing brace now and then, and EOS."""
-    dice = random.Random(f'{request.seed}{response_ids(request.prefix)[-3:]}')
+    dice = random.Random(f'{request.seed}{response_ids(request.prefix)}')
     ids: list[int] = []
     while len(ids) < request.max_tokens:
         ids += list(dice.choice([b'a', b'b', b'y', b'\\boxed{1}', b'<answer>u</answer>', b'abab', b'q', b'z']))

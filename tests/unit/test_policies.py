@@ -14,7 +14,7 @@ from treepo_swift.policies.branching import (BranchContext, branching_policies, 
                                              paced_width, scheduled, share_out)
 from treepo_swift.policies.fallback import candidates, cut_context, cut_policies
 from treepo_swift.search import Segment
-from treepo_swift.tree import Node, Path, StopReason, Tree, response_ids
+from treepo_swift.tree import Path, StopReason, Tree, response_ids
 
 
 @given(st.integers(1, 20), st.integers(0, 40), st.integers(0, 10), st.integers(1, 64), st.integers(1, 4))
@@ -31,7 +31,7 @@ def grown(reasons: list[StopReason], depth: int = 3, tokens: int = 1) -> Tree:
     for reason in reasons:
         node = tree.root
         for _ in range(0 if reason.is_placeholder else depth):
-            node = tree.add_node(tree.new_id(), node, [1] * tokens, [-1.0] * tokens)
+            node = tree.add_node(node, [1] * tokens, [-1.0] * tokens)
         tree.trajectories.append(Path(node, stop=reason))
     return tree
 
@@ -40,7 +40,7 @@ def live_path(*segments: list[float], entropies: list[float] | None = None) -> P
     tree = Tree('t', [])
     node = tree.root
     for logprobs in segments:
-        node = tree.add_node(tree.new_id(), node, [1] * len(logprobs), logprobs, entropies)
+        node = tree.add_node(node, [1] * len(logprobs), logprobs, entropies)
     return Path(node)
 
 
@@ -190,15 +190,17 @@ def test_windows_and_depths_bound_every_cut():
 
 def test_a_cut_inside_a_segment_splits_it():
     tree = Tree('t', [])
-    first = tree.add_node(tree.new_id(), tree.root, [1, 2, 3, 4], [-1.0, -2.0, -3.0, -4.0], [.1, .2, .3, .4])
-    path, other = Path(tree.add_node(tree.new_id(), first, [5, 6], [0.0, 0.0])), Path(first)
+    first = tree.add_node(tree.root, [1, 2, 3, 4], [-1.0, -2.0, -3.0, -4.0], [.1, .2, .3, .4])
+    path, other = Path(tree.add_node(first, [5, 6], [0.0, 0.0])), Path(first)
     upper = tree.node_at(path, 1)
     assert tree.node_at(path, 4) is first and tree.node_at(path, 0) is tree.root
     assert response_ids(path.leaf) == [1, 2, 3, 4, 5, 6] and other.leaf.lineage() == [upper, first]
     assert (upper.token_ids, upper.logprobs, upper.entropies) == ([1], [-1.0], [.1])
     assert (first.token_ids, first.logprobs, first.entropies) == ([2, 3, 4], [-2.0, -3.0, -4.0], [.2, .3, .4])
     assert upper.depth == first.depth == 1 and (upper.length, first.length) == (1, 4)
-    assert [isinstance(node, Node) and node.id for node in path.leaf.lineage()] == [3, 1, 2]
+    for index, trajectory in enumerate((other, path)):
+        tree.add_trajectory(trajectory, last=index == 1)
+    assert [node.id for node in path.leaf.lineage()] == [1, 2, 3]
 
 
 def test_unknown_policies_are_named():

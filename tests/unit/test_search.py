@@ -1,8 +1,10 @@
 """Laws of the tree search, over random configurations, widths and engine outputs."""
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -23,6 +25,7 @@ pairs = st.tuples(st.integers(1, 3), st.integers(3, 9))
 def configs(draw) -> TreeConfig:
     """Any combination of policies that a user can write."""
     budget = draw(st.sampled_from(['by_width', 'by_width', 'by_segment_tokens', 'by_trajectory_tokens']))
+    early = budget == 'by_width' and draw(st.booleans())
     segment_length = draw(small)
     pacing = draw(
         st.one_of(
@@ -32,6 +35,7 @@ def configs(draw) -> TreeConfig:
                 max_size=3).map(lambda steps: dict(zip(sorted({d
                                                                for d, _ in steps}), sorted(w for _, w in steps))))))
     return TreeConfig(
+        schedule=draw(st.sampled_from(['stream', 'lockstep'])),
         segment_length=segment_length,
         max_depth=draw(st.integers(1, 6)),
         divergence=draw(st.one_of(st.integers(1, 4), pairs)),
@@ -46,6 +50,7 @@ def configs(draw) -> TreeConfig:
         budget_tokens=0 if budget == 'by_width' else segment_length * draw(small) + draw(st.integers(0, 3)),
         fallback=draw(st.sampled_from([*cut_policies, 'root', 'none'])),
         fallback_candidates=draw(st.sampled_from(['answer_or_eos', 'finished', 'best_reason_first', 'any'])),
+        fallback_start='early' if early else 'idle',
         fallback_window=draw(st.integers(0, 3)),
         fallback_block=draw(small),
         fallback_favour=draw(st.sampled_from(['low', 'high'])),
@@ -89,11 +94,11 @@ def test_growing_paths_and_trajectories_are_never_more_than_w(config, width, see
     search = make_search(config, width, seed=seed)
 
     def watch(request, segment):
-        assert len(search._pending) + len(search._survivors) + len(search._finished) + len(
-            search.tree.trajectories) <= width
+        ended = sum(len(round_.finished) for round_ in search._rounds.values())
+        assert search.growing + ended + len(search.tree.trajectories) <= width
 
     grow(search, order=random.Random(seed), watch=watch)
-    assert not search._pending
+    assert not search.growing
 
 
 @given(configs, widths, seeds)
@@ -121,7 +126,11 @@ def test_engine_input_is_prompt_plus_nodes_and_every_token_sits_on_one_node(conf
     sampled = sum(len(ids) for _, ids in asked)
     assert search.tree.stats.decoded_tokens == sampled == sum(len(node.token_ids) for node in nodes.values())
     assert search.tree.stats.trajectory_tokens == sum(path.leaf.length for path in search.tree.trajectories)
-    assert search.tree.stats.engine_requests == len(asked)
+    if search.config.schedule == 'lockstep' or search.config.budget == 'by_trajectory_tokens':
+        assert search.tree.stats.engine_requests == len(asked)
+    else:
+        # A path is one request.
+        assert search.tree.stats.engine_requests == max((path.id for path in search.tree.trajectories), default=0)
 
 
 @given(configs, widths, seeds)
@@ -156,17 +165,14 @@ def test_trajectories_share_exactly_the_tokens_of_their_shared_nodes(config, wid
 @settings(max_examples=100, deadline=None)
 def test_token_budgets_are_never_exceeded(config, width, seed):
     search = make_search(config, width, seed=seed)
-    waves: list[int] = []
+    segments: Counter[int] = Counter()
 
     def watch(request, segment):
-        if request.id > watch.last:
-            waves.append(len(search._pending))
-            watch.last = max(search._pending)
+        segments[search._round_of[request.path_id]] += 1
 
-    watch.last = 0
-    grow(search, watch=watch)
+    grow(search, watch=watch, order=random.Random(seed))
     if config.budget == 'by_segment_tokens':
-        assert max(waves) * config.segment_length <= max(config.budget_tokens, config.segment_length)
+        assert max(segments.values()) * config.segment_length <= max(config.budget_tokens, config.segment_length)
     if config.budget == 'by_trajectory_tokens':
         assert search.tree.stats.trajectory_tokens <= config.budget_tokens
     assert search.tree.stats.trajectory_tokens == sum(path.leaf.length for path in search.tree.trajectories)
@@ -179,12 +185,71 @@ def test_the_order_in_which_answers_arrive_changes_nothing(config, width, seed, 
     assert shape(grown[0]) == shape(grown[1])
 
 
+@given(configs, widths, seeds, st.integers(0, 5), st.floats(0, 0.2))
+@settings(max_examples=150, deadline=None)
+def test_stream_and_lockstep_grow_the_same_tree(config, width, seed, order, faults):
+    """Whatever the policies, the order of the answers and the engine's faults."""
+    grown = []
+    for schedule in ('stream', 'lockstep'):
+        search = make_search(dataclasses.replace(config, schedule=schedule), width, seed=seed)
+
+        def answer(request, search=search):
+            ids = search.tree.prompt_ids + response_ids(request.prefix)
+            if random.Random(f'{ids}{request.path_id}').random() < faults:
+                return 'engine is out'
+            return sample(ids, request.max_tokens, request.path_id, eos_every=15)
+
+        grown.append(grow(search, answer=answer, order=random.Random(order)))
+    stream, lockstep = grown
+    assert shape(stream) == shape(lockstep)
+    assert stream.tree.stats.engine_requests <= lockstep.tree.stats.engine_requests
+    assert stream.tree.stats.input_tokens <= lockstep.tree.stats.input_tokens
+    for name in ('trajectory_tokens', 'forks', 'fallbacks'):
+        assert getattr(stream.tree.stats, name) == getattr(lockstep.tree.stats, name)
+
+
+def test_a_path_that_is_ahead_does_not_wait_and_its_forks_do():
+    config = TreeConfig(segment_length=2, max_depth=4, root_divergence=2, divergence=2)
+    search = make_search(config, 8)
+    fast, slow = search.start()
+
+    def advance(request):
+        search.extend(request.path_id, segment_of([7, 7]))
+        return search.settle(request.path_id)
+
+    assert (fast.max_tokens, fast.segment_tokens) == (8, 2)
+    assert [advance(fast) for _ in range(4)] == [[]] * 4  # to the depth limit
+    first = advance(slow)
+    # Both boundaries of depth 1 fork now; the fast path, which has long ended, too.
+    assert [(fork.prefix.depth, fork.max_tokens) for fork in first] == [(1, 6), (1, 6)]
+    assert search.tree.trajectories == []
+
+
+def test_early_fallback_does_not_wait_for_live_paths_that_can_not_fill_the_tree():
+    def rounds(start):
+        config = TreeConfig(segment_length=2, max_depth=6, root_divergence=2, divergence=1, fallback_start=start)
+        search = make_search(config, 8)
+        depths = []
+
+        def answer(request):
+            if request.path_id == 1 and request.prefix.depth == 1:
+                return segment_of([EOS], StopReason.EOS)
+            return segment_of([7, 7])
+
+        grow(search, answer=answer, watch=lambda request, segment: depths.append(search._round_of[request.path_id]))
+        return max(depths) + 1, search.tree.stats.fallbacks
+
+    # Path 1 ends in the second round. Idle fallback lets path 2 come to its depth limit first.
+    (idle, idle_fallbacks), (early, early_fallbacks) = rounds('idle'), rounds('early')
+    assert early < idle and early_fallbacks > 0 and idle_fallbacks > 0
+
+
 def test_the_papers_binary_tree_spends_its_forks_in_the_first_levels():
     config = TreeConfig(segment_length=4, max_depth=5, root_divergence=2, divergence=2)
     search = grow(make_search(config, 8), answer=lambda r: Segment([7] * r.max_tokens, [0.0] * r.max_tokens))
     stats = search.tree.stats
     # Levels of 2, 4, 8, 8 and 8 segments.
-    assert stats.engine_requests == 30 and stats.decoded_tokens == 120 and stats.trajectory_tokens == 160
+    assert stats.engine_requests == 8 and stats.decoded_tokens == 120 and stats.trajectory_tokens == 160
     assert stats.forks == 7 and stats.fallbacks == 0
     assert {p.stop for p in search.tree.trajectories} == {StopReason.DEPTH_LIMIT}
 
@@ -193,13 +258,15 @@ def test_budget_of_an_ended_path_moves_to_the_live_ones():
     config = TreeConfig(segment_length=4, max_depth=2, root_divergence=2, divergence=2)
 
     def answer(request):
-        ends = request.id == 1
+        ends = request.path_id == 1
         return Segment([7], [0.0], StopReason.EOS) if ends else Segment([7] * 4, [0.0] * 4)
 
     search = grow(make_search(config, 6), answer=answer)
     # One live path, one ended: 2*1 + 2*1 = 4 branches from the live one; the sixth comes by fallback
     # from the ended path, whose only boundary besides its end is the root: two segments.
-    assert search.tree.stats.engine_requests == 2 + 4 + 2
+    # In lockstep the path that forks asks once more.
+    assert search.tree.stats.engine_requests == 2 + 3 + 1
+    assert search.tree.stats.decoded_tokens == (1 + 4) + 4 * 4 + 2 * 4
     assert search.tree.stats.fallbacks == 1
 
 
@@ -249,10 +316,10 @@ def test_stop_reasons_have_a_fixed_precedence():
     config = TreeConfig(segment_length=4, max_depth=1)
     search = make_search(config, 1)
     request, = search.start()
-    search.extend(request.id, Segment([1, EOS], [0.0, 0.0], StopReason.EOS))
-    assert search.stop_of(request.id, StopReason.ANSWER) is StopReason.ANSWER
-    assert search.stop_of(request.id, StopReason.HOOK) is StopReason.EOS
-    assert search.stop_of(request.id, None) is StopReason.EOS
+    search.extend(request.path_id, Segment([1, EOS], [0.0, 0.0], StopReason.EOS))
+    assert search.stop_of(request.path_id, StopReason.ANSWER) is StopReason.ANSWER
+    assert search.stop_of(request.path_id, StopReason.HOOK) is StopReason.EOS
+    assert search.stop_of(request.path_id, None) is StopReason.EOS
 
 
 def test_limits_are_told_apart():
@@ -282,7 +349,8 @@ def test_samples_of_the_test_language_depend_on_context_and_seed():
 
 
 def test_prefix_cache_hits_are_counted():
-    search = make_search(TreeConfig(segment_length=4, max_depth=2, root_divergence=1), 2, prompt_ids=[1] * 6)
+    config = TreeConfig(segment_length=4, max_depth=2, root_divergence=1, schedule='lockstep')
+    search = make_search(config, 2, prompt_ids=[1] * 6)
     grow(search, answer=lambda r: Segment([7] * 4, [0.0] * 4, cached_tokens=r.prefix.length))
     # One request from the prompt of 6 tokens, two from 4 tokens further.
     assert (search.tree.stats.input_tokens, search.tree.stats.cached_tokens) == (6 + 2 * 10, 2 * 4)

@@ -126,6 +126,15 @@ def paced_width(config: TreeConfig, *, width: int, depth: int, first: int) -> in
     return min(width, reached[-1]) if reached else width
 
 
+def most_leaves(config: TreeConfig, *, paths: int, finished: int, width: int, depth: int) -> int:
+    """Trajectories that `paths` live ones of `depth` segments can at most make where none of them ends early."""
+    divergence = config.divergence[1] if isinstance(config.divergence, tuple) else config.divergence
+    for level in range(depth + 2, config.max_depth + 1):
+        cap = paced_width(config, width=width, depth=level, first=width)
+        paths = next_width(live=paths, finished=finished, ended=0, width=cap, divergence=divergence)
+    return paths
+
+
 def expected_saving(config: TreeConfig, width: int) -> float:
     """Share of the decoded tokens that trees of full-length paths save against independent sampling.
 

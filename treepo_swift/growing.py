@@ -1,0 +1,152 @@
+"""Drives one tree over an engine: requests go out, segments come in, checks are asked, failures are grown around."""
+from __future__ import annotations
+
+import time
+from contextlib import aclosing
+from typing import AsyncIterator, Awaitable, Callable, Optional
+
+from .engine import EngineError, Place, Prompt, SegmentEngine
+from .hooks import HookError
+from .search import Segment, SegmentRequest, TreeSearch
+from .tasks import Nursery, Rendezvous
+from .text import PathReader
+from .tree import Path, StopReason, response_ids
+
+
+class CpuClock:
+    """CPU time of this thread that was spent inside ``with clock:``, in seconds."""
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._started = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.thread_time()
+
+    def __exit__(self, *exception: object) -> None:
+        self.seconds += time.thread_time() - self._started
+
+
+Check = Callable[[Path], Awaitable[Optional[StopReason]]]
+"""Why a path should stop at this boundary, by its text; may raise `HookError`."""
+CheckEnd = Callable[[Path, StopReason], Awaitable[None]]
+"""Looks at a path that is about to end; may raise `HookError`."""
+
+
+class TreeGrower:
+    """Grows one tree to its end. Whatever happens, no task and no engine request of it outlives `run`."""
+    def __init__(self, search: TreeSearch, prompt: Prompt, *, engine: SegmentEngine, reader: PathReader,
+                 check: Check, check_end: CheckEnd, clock: CpuClock, seeded: bool, warn: Callable[[str], None],
+                 progress: Callable[[int], None]) -> None:
+        """`seeded` asks the engine to sample reproducibly; `progress` hears how many trajectories were added."""
+        self.search = search
+        self.prompt = prompt
+        self._engine = engine
+        self._reader = reader
+        self._check = check
+        self._check_end = check_end
+        self._clock = clock
+        self._seeded = seeded
+        self._warn = warn
+        self._progress = progress
+        self._reported = 0
+        self._place = Place()
+        self._sharing: Rendezvous | None = None
+        self._resuming = False
+        self._paths: Nursery
+
+    async def run(self, place: Place = Place(), sharing: Rendezvous | None = None) -> None:
+        """`sharing` is where the trees that share a token budget wait for each other."""
+        self._place, self._sharing = place, sharing
+        try:
+            async with Nursery() as self._paths:
+                if self.search.done:
+                    self._go_on([])
+                else:
+                    self._go_on(self.search.start(self._share(sharing.members) if sharing else None))
+        finally:
+            if sharing:
+                sharing.leave()
+
+    def _share(self, members: int) -> int:
+        return self.search.config.budget_tokens // members
+
+    def _go_on(self, requests: list[SegmentRequest]) -> None:
+        # Forks of one node leave together: the first computes what is not in the cache, the others find it there.
+        for request in requests:
+            self._paths.start(self._grow(request))
+        if self.search.waiting and not self._resuming:
+            self._resuming = True
+            self._paths.start(self._resume())
+        if len(self.search.tree.trajectories) > self._reported:
+            self._progress(len(self.search.tree.trajectories) - self._reported)
+            self._reported = len(self.search.tree.trajectories)
+        if self.search.done:
+            self._paths.cancel_others()
+
+    async def _resume(self) -> None:
+        growing = await self._sharing.wait()
+        self._resuming = False
+        with self._clock:
+            self._go_on(self.search.resume(self._share(growing)))
+
+    async def _grow(self, request: SegmentRequest) -> None:
+        """Take the segments of one request until it or its path ends."""
+        try:
+            async with aclosing(self._segments(request)) as segments:
+                async for segment in segments:
+                    if await self._take(request, segment):
+                        return
+        except EngineError as e:
+            self._fail(request, e)
+
+    async def _segments(self, request: SegmentRequest) -> AsyncIterator[Segment]:
+        """After an engine error, what is left of a request is asked for again, from where its path stands."""
+        left, errors = request.max_tokens, 0
+        while left:
+            try:
+                async with aclosing(
+                        self._engine.generate(
+                            self.prompt,
+                            response_ids(self.search.leaf(request.path_id)),
+                            max_tokens=left,
+                            segment_tokens=request.segment_tokens,
+                            seed=request.seed if self._seeded else None,
+                            place=self._place)) as segments:
+                    async for segment in segments:
+                        errors = 0
+                        left -= len(segment.token_ids)
+                        yield segment
+                if left:
+                    raise EngineError('the engine ended a request before its path had ended')
+            except Exception as e:
+                errors += 1
+                if errors > self.search.config.max_retries:
+                    raise EngineError(f'{type(e).__name__}: {e} (after {errors} attempts)') from e
+
+    async def _take(self, request: SegmentRequest, segment: Segment) -> bool:
+        """Put a segment into the tree and start what may start then; returns whether its path has ended."""
+        search, path_id = self.search, request.path_id
+        with self._clock:
+            segment = self._reader.cut_at_stop_string(search.leaf(path_id), segment)
+            path = search.extend(path_id, segment)
+        try:
+            stop = search.stop_of(path_id, await self._check(path))
+            if stop is StopReason.ANSWER and search.config.after_answer == 'cut' and segment.stop is None:
+                with self._clock:
+                    search.cut(path_id, self._reader.answer_length(path.leaf))
+            if stop is not None:
+                await self._check_end(path, stop)
+        except HookError as e:
+            self._fail(request, e)
+            return True
+        with self._clock:
+            requests = search.settle(path_id, stop)
+            if stop is not None:
+                search.discard(segment.ahead)
+            self._go_on(requests)
+        return stop is not None
+
+    def _fail(self, request: SegmentRequest, error: Exception) -> None:
+        self._warn(f'{type(error).__name__}: {error}')
+        with self._clock:
+            self._go_on(self.search.fail(request.path_id, str(error)))
