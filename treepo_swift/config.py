@@ -287,6 +287,11 @@ class TreeConfig:
         """Plain values, as `from_dict` takes them and JSON can carry them."""
         return {key: _plain(value) for key, value in dataclasses.asdict(self).items()}
 
+    def to_note(self) -> dict[str, Any]:
+        """Like `to_dict`, without what is as it is by default."""
+        default = TreeConfig().to_dict()
+        return {key: value for key, value in self.to_dict().items() if value != default[key]}
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 

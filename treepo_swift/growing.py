@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import time
 from contextlib import aclosing
-from typing import AsyncIterator, Awaitable, Callable, Optional
+from inspect import isawaitable
+from typing import AsyncIterator, Awaitable, Callable, Optional, Union
 
 from .engine import EngineError, Place, Prompt, SegmentEngine
 from .hooks import HookError
@@ -26,7 +27,8 @@ class CpuClock:
         self.seconds += time.thread_time() - self._started
 
 
-Check = Callable[[Path], Awaitable[Optional[StopReason]]]
+Verdict = Optional[StopReason]
+Check = Callable[[Path], Union[Verdict, Awaitable[Verdict]]]
 """Why a path should stop at this boundary, by its text; may raise `HookError`."""
 CheckEnd = Callable[[Path, StopReason], Awaitable[None]]
 """Looks at a path that is about to end; may raise `HookError`."""
@@ -126,15 +128,18 @@ class TreeGrower:
     async def _take(self, request: SegmentRequest, segment: Segment) -> bool:
         """Put a segment into the tree and start what may start then; returns whether its path has ended."""
         search, path_id = self.search, request.path_id
-        with self._clock:
-            segment = self._reader.cut_at_stop_string(search.leaf(path_id), segment)
-            path = search.extend(path_id, segment)
         try:
-            stop = search.stop_of(path_id, await self._check(path))
-            if stop is StopReason.ANSWER and search.config.after_answer == 'cut' and segment.stop is None:
-                with self._clock:
-                    search.cut(path_id, self._reader.answer_length(path.leaf))
+            with self._clock:
+                segment = self._reader.cut_at_stop_string(search.leaf(path_id), segment)
+                path = search.extend(path_id, segment)
+                verdict = self._check(path)
+            if isawaitable(verdict):
+                verdict = await verdict
+            stop = search.stop_of(path_id, verdict)
             if stop is not None:
+                if stop is StopReason.ANSWER and search.config.after_answer == 'cut' and segment.stop is None:
+                    with self._clock:
+                        search.cut(path_id, self._reader.answer_length(path.leaf))
                 await self._check_end(path, stop)
         except HookError as e:
             self._fail(request, e)

@@ -19,7 +19,7 @@ def probe_servers(client: VLLMInferClient,
 
     A server scores `token_ids`, and raises where it can not follow `config`.
     """
-    note = RequestNote(mode='probe', token_ids=token_ids, config=config and config.to_dict()).to_dict()
+    note = RequestNote(mode='probe', token_ids=token_ids, config=config and config.to_note()).to_dict()
     request = RolloutInferRequest(messages=[{'role': 'user', 'content': 'probe'}], data_dict={REQUEST_KEY: note})
     config = asdict(RequestConfig(max_tokens=1, return_details=True))
     outputs = client.infer([asdict(request)] * client.num_servers, config, use_tqdm=False)

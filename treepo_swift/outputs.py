@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Iterator, Protocol
+from typing import TYPE_CHECKING, Any, Iterator, Protocol, Sequence
 
 from swift.infer_engine.protocol import (ChatCompletionResponse, ChatCompletionResponseChoice, ChatMessage,
                                          RolloutInferRequest, RolloutOutput, UsageInfo)
@@ -30,6 +30,24 @@ class RolloutFailure:
     def __iter__(self) -> Iterator[RolloutOutput]:
         from fastapi import HTTPException
         raise HTTPException(status_code=500, detail=self.message)
+
+
+class PlainOutputs:
+    """The outputs of a batch for a trainer that takes them as swift sends them."""
+    def __init__(self) -> None:
+        self._outputs: dict[int, RolloutOutput] = {}
+        self.batch: dict[str, Any] = {}
+        """Goes into the report of the batch's first output."""
+    def add(self, positions: Sequence[int], outputs: Sequence[RolloutOutput]) -> None:
+        """Take the outputs of one tree, which stand at `positions` of the batch."""
+        self._outputs.update(zip(positions, outputs, strict=True))
+
+    def in_order(self) -> list[RolloutOutput]:
+        """One output per request, in request order."""
+        outputs = [self._outputs[position] for position in range(len(self._outputs))]
+        if REPORT_KEY in outputs[0].rollout_infos:
+            outputs[0].rollout_infos[REPORT_KEY]['batch'] = self.batch
+        return outputs
 
 
 class ResponseMask(Protocol):
@@ -67,7 +85,8 @@ class OutputWriter:
         if with_report:
             infos[REPORT_KEY] = tree_report(tree, index)
         usage = UsageInfo(len(prompt.token_ids), len(logprobs), len(prompt.token_ids) + len(logprobs))
-        return RolloutOutput(
+        # All of it is ours and of the right types: validating would copy every list.
+        return RolloutOutput.model_construct(
             response=ChatCompletionResponse(self._engine.info.model, [choice], usage, id=request.uuid or tree.id),
             messages=[*request.messages, {
                 'role': 'assistant',

@@ -10,7 +10,7 @@ import traceback
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Sequence
+from typing import Any, Awaitable, Callable, Sequence
 
 from swift.infer_engine.protocol import ChatCompletionResponseChoice, RequestConfig, RolloutInferRequest, RolloutOutput
 from swift.rollout import MultiTurnScheduler
@@ -23,12 +23,13 @@ from .engine import EngineCounters, Prompt, SegmentEngine, VllmSegmentEngine, ch
 from .grouping import Group, group_requests, prompt_key
 from .growing import CpuClock, TreeGrower
 from .hooks import HookError, HookRunner
-from .outputs import OutputWriter, RolloutError, RolloutFailure
+from .outputs import OutputWriter, PlainOutputs, RolloutError, RolloutFailure
+from .packing import PackedOutputs
 from .policies.stopping import TextChecker
 from .search import Limits, TreeSearch, check_policies, text_verdict
-from .tasks import Rendezvous, all_or_cancel
+from .tasks import Rendezvous, all_or_cancel, calm_garbage_collection
 from .text import PathReader
-from .transport import REPORT_KEY, REQUEST_KEY, RequestNote
+from .transport import REQUEST_KEY, RequestNote
 from .tree import Path, StopReason, response_ids
 
 logger = get_logger()
@@ -109,10 +110,11 @@ class TreeRolloutScheduler(MultiTurnScheduler):
                           infer_requests: list[RolloutInferRequest | dict[str, Any]],
                           request_config: RequestConfig | dict[str, Any],
                           *,
-                          use_tqdm: bool | None = None) -> list[RolloutOutput] | RolloutFailure:
+                          use_tqdm: bool | None = None) -> list[RolloutOutput] | PackedOutputs | RolloutFailure:
         """swift's server calls this with all requests of a step. See `rollout`; failures become `RolloutFailure`."""
         try:
-            return await self.rollout(infer_requests, request_config, use_tqdm=use_tqdm)
+            with calm_garbage_collection():
+                return await self.rollout(infer_requests, request_config, use_tqdm=use_tqdm)
         except Exception as e:
             logger.error(f'treepo: the rollout failed.\n{traceback.format_exc()}')
             return RolloutFailure(f'{type(e).__name__}: {e}')
@@ -121,8 +123,8 @@ class TreeRolloutScheduler(MultiTurnScheduler):
                       infer_requests: Sequence[RolloutInferRequest | dict[str, Any]],
                       request_config: RequestConfig | dict[str, Any],
                       *,
-                      use_tqdm: bool | None = None) -> list[RolloutOutput]:
-        """One output per request, in request order, each with its own request's id.
+                      use_tqdm: bool | None = None) -> list[RolloutOutput] | PackedOutputs:
+        """One output per request, in request order, each with its own request's id; packed where the trainer asks so.
 
         Raises:
             RolloutError: too many trajectories failed, or the trainer runs without the plugin.
@@ -154,20 +156,19 @@ class TreeRolloutScheduler(MultiTurnScheduler):
             request_config, top_logprobs=self.config.entropy_top_k if self.config.branching == 'entropy' else 0)
         self._reader = PathReader(self._engine.decode, TextChecker(self.config), self._engine.stop_strings)
         counted = self._engine.counters()
+        outputs = PackedOutputs() if notes[0].packed else PlainOutputs()
         trees = await asyncio.gather(*(self._plant(group, requests, notes, request_config) for group in groups))
         shown = len(requests) > 1 if use_tqdm is None else use_tqdm
         with tqdm(total=len(requests), desc='trajectories', dynamic_ncols=True, disable=not shown) as bar:
-            await self._grow(trees, seeded=request_config.seed is not None, progress=bar.update)
-        self._check_failures(trees)
-        with self._clock:
-            outputs = self._outputs(requests, trees)
-        if REPORT_KEY in outputs[0].rollout_infos:
-            outputs[0].rollout_infos[REPORT_KEY]['batch'] = {
+            failures = await self._grow(trees, requests, outputs, request_config.seed is not None, bar.update)
+        self._check_failures(failures, len(requests))
+        if notes[0].mode == 'tree':
+            outputs.batch = {
                 'seconds': time.perf_counter() - started,
                 'scheduler_cpu_seconds': self._clock.seconds,
                 **self._counted_since(counted)
             }
-        return outputs
+        return outputs if isinstance(outputs, PackedOutputs) else outputs.in_order()
 
     def _take_note(self, request: RolloutInferRequest) -> RequestNote:
         """Remove the trainer's note from the request; what is left of `data_dict` is the dataset's."""
@@ -252,10 +253,13 @@ class TreeRolloutScheduler(MultiTurnScheduler):
             search.give_up(error)
         return _Planted(group, request, note, prompt, search)
 
-    async def _grow(self, trees: Sequence[_Planted], *, seeded: bool, progress: Callable[[int], None]) -> None:
-        """Drive all trees of a batch to their ends."""
+    async def _grow(self, trees: list[_Planted], requests: Sequence[RolloutInferRequest],
+                    outputs: PlainOutputs | PackedOutputs, seeded: bool, progress: Callable[[int],
+                                                                                            Any]) -> Counter[str]:
+        """Drive all trees of a batch to their ends, and write what they give; returns what failed, and how often."""
         sharing = Rendezvous(sum(tree.shares_budget for tree in trees))
         admission = Admission(ranks=self._engine.info.ranks, kv_tokens=self._engine.info.kv_tokens)
+        failures: Counter[str] = Counter()
 
         async def grow(tree: _Planted) -> None:
             grower = TreeGrower(
@@ -271,16 +275,24 @@ class TreeRolloutScheduler(MultiTurnScheduler):
                 progress=progress)
             async with admission.place(self._expected_tokens(tree)) as place:
                 await grower.run(place, sharing if tree.shares_budget else None)
-            if tree.search.width > 1:
-                stats = tree.search.tree.stats
-                self._forecast.learn(
-                    tree.group.key,
-                    decoded_tokens=stats.decoded_tokens,
-                    mean_length=stats.trajectory_tokens / tree.search.width)
+            with self._clock:
+                failures.update(p.error for p in tree.search.tree.trajectories if p.stop is StopReason.FAILED)
+                outputs.add(tree.group.members, self._outputs(requests, tree))
+                self._learn(tree)
 
         if self.config.tree_order == 'longest_first':
-            trees = sorted(trees, key=lambda tree: self._forecast.length(tree.group.key), reverse=True)
-        await all_or_cancel(map(grow, trees))
+            trees.sort(key=lambda tree: self._forecast.length(tree.group.key), reverse=True)
+        growing = list(map(grow, trees))
+        # A tree's tokens are let go when its outputs are written.
+        trees.clear()
+        await all_or_cancel(growing)
+        return failures
+
+    def _learn(self, tree: _Planted) -> None:
+        stats, width = tree.search.tree.stats, tree.search.width
+        if width > 1:
+            self._forecast.learn(
+                tree.group.key, decoded_tokens=stats.decoded_tokens, mean_length=stats.trajectory_tokens / width)
 
     def _expected_tokens(self, tree: _Planted) -> int:
         """KV tokens that a tree will take; 0 where it must not wait for others to end."""
@@ -293,15 +305,15 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         now = self._engine.counters()
         return {} if before is None or now is None else {'engine': dataclasses.asdict(now.since(before))}
 
-    async def _check(self, search: TreeSearch, path: Path) -> StopReason | None:
+    def _check(self, search: TreeSearch, path: Path) -> StopReason | None | Awaitable[StopReason | None]:
         """What the text of a path says, by the user's `check_segment` or else by the config's checks."""
         if search.width == 1:
             return None
         if type(self).check_segment is TreeRolloutScheduler.check_segment:
-            with self._clock:
-                return self._text_verdict(path)
-        with self._clock:
-            text = self._reader.text(path.leaf)
+            return self._text_verdict(path)
+        return self._ask_segment(search, path, self._reader.text(path.leaf))
+
+    async def _ask_segment(self, search: TreeSearch, path: Path, text: str) -> StopReason | None:
         where = _where(search, path)
         verdict = await self._hooks.call(self.check_segment, path, text, timeout=self.config.hook_timeout, where=where)
         if verdict is not None and not isinstance(verdict, StopReason):
@@ -315,14 +327,11 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         except Exception as e:  # an answer detector may be a user's
             raise HookError(f'answer: {self.config.answer}: raised {type(e).__name__}: {e}') from e
 
-    def _check_failures(self, trees: Sequence[_Planted]) -> None:
-        errors = Counter(p.error for tree in trees for p in tree.search.tree.trajectories
-                         if p.stop is StopReason.FAILED)
-        total = sum(len(tree.group.members) for tree in trees)
-        if sum(errors.values()) > self.config.max_failure_fraction * total:
-            causes = '\n'.join(f'  {count} x {error}' for error, count in errors.most_common(3))
+    def _check_failures(self, failures: Counter[str], total: int) -> None:
+        if failures.total() > self.config.max_failure_fraction * total:
+            causes = '\n'.join(f'  {count} x {error}' for error, count in failures.most_common(3))
             raise RolloutError(
-                f'{sum(errors.values())} of {total} trajectories failed, more than '
+                f'{failures.total()} of {total} trajectories failed, more than '
                 f'max_failure_fraction={self.config.max_failure_fraction:g}. Most common causes:\n{causes}')
 
     async def _ask_finished(self, tree: _Planted, path: Path, stop: StopReason) -> None:
@@ -354,13 +363,12 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         eos = self.tokenizer.eos_token_id
         return OutputWriter(self._engine, self.get_response_token_data, 0 if eos is None else eos)
 
-    def _outputs(self, requests: Sequence[RolloutInferRequest], trees: Sequence[_Planted]) -> list[RolloutOutput]:
-        outputs: dict[int, RolloutOutput] = {}
-        for tree in trees:
-            for index, position in enumerate(tree.group.members):
-                outputs[position] = self._writer.trajectory(
-                    requests[position], tree.prompt, tree.search.tree, index, with_report=tree.note.mode == 'tree')
-        return [outputs[position] for position in range(len(requests))]
+    def _outputs(self, requests: Sequence[RolloutInferRequest], tree: _Planted) -> list[RolloutOutput]:
+        return [
+            self._writer.trajectory(
+                requests[position], tree.prompt, tree.search.tree, index, with_report=tree.note.mode == 'tree')
+            for index, position in enumerate(tree.group.members)
+        ]
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

@@ -31,6 +31,8 @@ class PathReader:
 
     def state(self, node: Node) -> TextState:
         """What the text checks know at the end of `node`; each character is looked at once per node."""
+        if not self._checker.reads_text:
+            return self._checker.start()
         unread = []
         current: Node | None = node
         while current is not None and current.text_state is None and current.parent is not None:

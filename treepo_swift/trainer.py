@@ -17,6 +17,7 @@ from .config import ConfigError, TreeConfig
 from .credit import Segments, find_reward_fault, is_placeholder, settle_placeholders, spread_segments, tree_advantages
 from .handshake import find_trees, probe_servers
 from .metrics import tree_metrics
+from .packing import accept_packed
 from .plugin import SCHEDULER_NAMES
 from .policies.branching import expected_saving
 from .transport import REPORT_KEY, REQUEST_KEY, RequestNote
@@ -90,6 +91,7 @@ class TreeGRPOTrainer(GRPOTrainer):
         if config.verify_weight_sync:
             self._sync_proof = WeightSyncProof(str(next(self.model.parameters()).dtype))
         if self.accelerator.is_main_process:
+            accept_packed(self.vllm_client.sessions, REPORT_KEY)
             directory = Path(self.args.output_dir)
             directory.mkdir(parents=True, exist_ok=True)
             (directory / CONFIG_FILE).write_text(config.to_yaml())
@@ -136,9 +138,10 @@ class TreeGRPOTrainer(GRPOTrainer):
         # With --async_generate swift asks for the first evaluation rollout before it sets the model to eval.
         evaluates = not self.model.training or self.control.should_evaluate
         if evaluates and not self.tree_config.eval_trees:
-            return RequestNote(mode='independent')
+            return RequestNote(mode='independent', packed=True)
         return RequestNote(
-            config=self.tree_config.to_dict(),
+            packed=True,
+            config=self.tree_config.to_note(),
             num_generations=self.num_generations_eval if evaluates else self.num_generations,
             step=self.state.global_step,
             progress=min(self.state.global_step / max(self.state.max_steps, 1), 1.0))

@@ -14,7 +14,7 @@ from .tree import Path, Tree
 
 REQUEST_KEY = 'treepo'
 REPORT_KEY = 'tree'
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised when the note or the report changes its meaning, so that mixed versions refuse each other."""
 
 MODES = ('tree', 'independent', 'probe')
@@ -34,10 +34,15 @@ class RequestNote:
     progress: float = 0.0
     """Share of the training that is done, 0 to 1: scheduled temperatures follow it."""
     token_ids: list[int] | None = None
+    packed: bool = False
+    """Whether the trainer takes `PackedOutputs`."""
     protocol: int = PROTOCOL
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        """Without what is as it is by default: a note goes with every request."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        kept = {f.name: given[f.name] for f in dataclasses.fields(self) if given[f.name] != f.default}
+        return {**kept, 'mode': self.mode, 'protocol': self.protocol}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RequestNote:

@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import enum
+from array import array
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Sequence
 
 
 class StopReason(str, enum.Enum):
@@ -46,10 +47,10 @@ class Node:
     """One segment. The root stands for the prompt and has no tokens of its own."""
 
     parent: Node | None
-    token_ids: list[int]
-    """Sampled tokens of this segment only."""
-    logprobs: list[float]
-    """Log-probs of `token_ids` under the sampling distribution, same length."""
+    token_ids: array[int]
+    """Sampled tokens of this segment only, int32."""
+    logprobs: array[float]
+    """Log-probs of `token_ids` under the sampling distribution, same length, in the engine's float32."""
     depth: int
     """Segments from the root to here; 0 at the root. Both parts of a segment that was split have its depth."""
     length: int
@@ -86,7 +87,7 @@ def last_ids(node: Node, count: int) -> list[int]:
     tail: list[int] = []
     current: Node | None = node
     while current is not None and len(tail) < count:
-        tail = current.token_ids[len(tail) - count:] + tail
+        tail = current.token_ids[len(tail) - count:].tolist() + tail
         current = current.parent
     return tail
 
@@ -131,19 +132,20 @@ class Tree:
 
     id: str
     prompt_ids: list[int]
-    root: Node = field(default_factory=lambda: Node(None, [], [], 0, 0))
+    root: Node = field(default_factory=lambda: Node(None, array('i'), array('f'), 0, 0))
     trajectories: list[Path] = field(default_factory=list)
     stats: TreeStats = field(default_factory=TreeStats)
 
     def add_node(self,
                  parent: Node,
-                 token_ids: list[int],
-                 logprobs: list[float],
+                 token_ids: Sequence[int],
+                 logprobs: Sequence[float],
                  entropies: list[float] | None = None) -> Node:
         """Append a segment below `parent`."""
         if len(token_ids) != len(logprobs):
             raise ValueError(f'{len(token_ids)} tokens with {len(logprobs)} log-probs in a segment of tree {self.id}.')
-        return Node(parent, token_ids, logprobs, parent.depth + 1, parent.length + len(token_ids), entropies)
+        return Node(parent, array('i', token_ids), array('f', logprobs), parent.depth + 1,
+                    parent.length + len(token_ids), entropies)
 
     def add_trajectory(self, path: Path, *, last: bool) -> None:
         """Append a finished path; the `last` one numbers the nodes, in the order in which trajectories visit them."""

@@ -24,7 +24,7 @@ from treepo_swift.engine import EngineError  # noqa: E402
 from treepo_swift.policies.answers import register_answer  # noqa: E402
 from treepo_swift.scheduler import RolloutError, RolloutFailure, TreeRolloutScheduler  # noqa: E402
 from treepo_swift.search import Segment  # noqa: E402
-from treepo_swift.transport import RequestNote  # noqa: E402
+from treepo_swift.transport import PROTOCOL, RequestNote  # noqa: E402
 from treepo_swift.tree import StopReason  # noqa: E402
 
 CONFIG = TreeConfig(segment_length=16, max_depth=4)
@@ -334,7 +334,7 @@ def test_the_plain_trainer_may_be_allowed(monkeypatch):
 def test_another_protocol_version_is_refused():
     batch = requests('a')
     batch[0].data_dict['treepo']['protocol'] = 99
-    with pytest.raises(ValueError, match='protocol 99, this server 1'):
+    with pytest.raises(ValueError, match=f'protocol 99, this server {PROTOCOL}'):
         rollout(batch)
 
 

@@ -118,7 +118,7 @@ def test_bench_times_every_estimator():
                               capture_output=True,
                               text=True)
 
-    done = bench('--trajectories', '64', '--depth', '3', '--width', '8', '--repeats', '1')
+    done = bench('--estimators', '--prompts', '8', '--width', '8', '--repeats', '1')
     assert done.returncode == 0, done.stderr
-    assert all(f'\n{name} ' in done.stdout for name in ('treepo', 'grpo', 'rloo', 'progress', 'spo', 'treerl'))
-    assert bench('--trajectories', '0').returncode == 1
+    assert all(f'\n| {name} ' in done.stdout for name in ('treepo', 'grpo', 'rloo', 'progress', 'spo', 'treerl'))
+    assert bench('--estimators', '--prompts', '0').returncode == 1

@@ -195,8 +195,9 @@ def test_a_cut_inside_a_segment_splits_it():
     upper = tree.node_at(path, 1)
     assert tree.node_at(path, 4) is first and tree.node_at(path, 0) is tree.root
     assert response_ids(path.leaf) == [1, 2, 3, 4, 5, 6] and other.leaf.lineage() == [upper, first]
-    assert (upper.token_ids, upper.logprobs, upper.entropies) == ([1], [-1.0], [.1])
-    assert (first.token_ids, first.logprobs, first.entropies) == ([2, 3, 4], [-2.0, -3.0, -4.0], [.2, .3, .4])
+    assert (list(upper.token_ids), list(upper.logprobs), upper.entropies) == ([1], [-1.0], [.1])
+    assert list(first.token_ids) == [2, 3, 4] and list(first.logprobs) == [-2.0, -3.0, -4.0]
+    assert first.entropies == [.2, .3, .4]
     assert upper.depth == first.depth == 1 and (upper.length, first.length) == (1, 4)
     for index, trajectory in enumerate((other, path)):
         tree.add_trajectory(trajectory, last=index == 1)

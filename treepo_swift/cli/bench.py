@@ -1,51 +1,146 @@
-"""Time the parts of the package that run on every step."""
+"""Compare trees with independent sampling on a real engine, or time the scheduler and the estimators alone."""
 from __future__ import annotations
 
 import argparse
-import random
-import time
-import tracemalloc
-from statistics import median
+import json
+import sys
+from pathlib import Path
+from typing import Any
 
-from ..advantage import estimate_segments, registered_estimators
+from ..bench import estimators
+from ..bench.table import table
+from ..bench.workload import KINDS, Workload, made_up_messages, read_messages
+from ..config import TreeConfig
+from ..lengths import LengthDistribution
+
+EPILOG = '''Everything after -- goes to the engine, as `swift rollout` takes it:
+  treepo-swift bench --prompts 12 --width 16 -- --model Qwen/Qwen2.5-1.5B-Instruct --vllm_max_model_len 8192
+The tree's shape comes from TREEPO_CONFIG and TREEPO_* variables, as everywhere.'''
+
+
+PROFILED_PROMPTS = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--trajectories', type=int, default=100_000, help='of a batch (default 100000)')
-    parser.add_argument('--depth', type=int, default=14, help='nodes of a path (default 14)')
-    parser.add_argument('--width', type=int, default=16, help='trajectories of a tree (default 16)')
-    parser.add_argument('--repeats', type=int, default=3, help='runs of each, of which the median counts (default 3)')
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EPILOG
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument('--fake', action='store_true', help='the scheduler alone, on an engine that costs nothing')
+    what.add_argument('--estimators', action='store_true', help='the advantage estimators alone')
+    what.add_argument('--fit', metavar='FILE', help='measure the engine\'s speed for `treepo-swift simulate`')
+    parser.add_argument('--prompts', type=int, default=12, help='prompts of a rollout (default 12)')
+    parser.add_argument('--width', type=int, default=16, help='trajectories of a prompt (default 16)')
+    parser.add_argument(
+        '--modes',
+        default='independent,lockstep,stream',
+        help='of independent, lockstep, stream and, with --example, example (default: the first three)')
+    parser.add_argument(
+        '--workload', choices=KINDS, default='fixed', help='how answers end: at the limit, by themselves, or --lengths')
+    parser.add_argument('--lengths', metavar='FILE', help='JSON list of answer lengths in tokens, for that workload')
+    parser.add_argument('--data', metavar='FILE', help='prompts: JSON lines with "messages" (default: made-up ones)')
+    parser.add_argument('--example', metavar='FILE', help='the plugin file of ms-swift\'s tree example')
+    parser.add_argument('--temperature', type=float, default=1.0)
+    parser.add_argument('--repeats', type=int, default=5, help='measured runs of each mode (default 5)')
+    parser.add_argument('--json', metavar='FILE', help='write all figures there')
+    parser.add_argument('engine', nargs='*', metavar='-- OPTIONS OF swift rollout', help='the engine, e.g. its --model')
 
 
 def run(args: argparse.Namespace) -> int:
-    """Advantage estimators on binary trees, shuffled as they are when ranks gather them."""
-    if min(args.trajectories, args.depth, args.width, args.repeats) < 1:
-        print('treepo-swift bench: all numbers must be at least 1')
+    try:
+        if min(args.prompts, args.width, args.repeats) < 1:
+            raise ValueError('--prompts, --width and --repeats must be at least 1')
+        if args.fake:
+            return _fake(args)
+        if args.estimators:
+            return _estimators(args)
+        if args.fit:
+            return _fit(args)
+        return _engine(args)
+    except ValueError as e:
+        print(f'treepo-swift bench: {e}', file=sys.stderr)
         return 1
-    paths, rewards = batch(args.trajectories, args.depth, args.width)
-    print(f'{args.trajectories:,} trajectories, {args.depth} nodes each, trees of width {args.width}')
-    print(f'{"estimator":22}{"CPU s":>8}{"peak MiB":>10}')
-    for name in registered_estimators():
-        seconds = []
-        for _ in range(args.repeats):
-            started = time.process_time()
-            estimate_segments(paths, rewards, estimator=name)
-            seconds.append(time.process_time() - started)
-        tracemalloc.start()
-        estimate_segments(paths, rewards, estimator=name)
-        peak = tracemalloc.get_traced_memory()[1] / 2**20
-        tracemalloc.stop()
-        print(f'{name:22}{median(seconds):8.2f}{peak:10.0f}')
+
+
+def _fake(args: argparse.Namespace) -> int:
+    from ..bench import fake
+    config = _workload(args).config
+    found = fake.measure(config, prompts=args.prompts, width=args.width)
+    print(table([found]))
+    print(table(fake.profile(config, prompts=min(args.prompts, PROFILED_PROMPTS), width=args.width)))
+    _write(args.json, found)
     return 0
 
 
-def batch(trajectories: int, depth: int, width: int) -> tuple[list[list[object]], list[float]]:
-    """Paths that fork in two at each level until the tree is `width` wide, and rewards of 0 and 1."""
-    rng = random.Random(0)
-    paths: list[list[object]] = []
-    for index in range(trajectories):
-        tree, leaf = divmod(index, width)
-        nodes = [level * width + leaf * min(2**level, width) // width for level in range(1, depth + 1)]
-        paths.append([f'tree-{tree}', *nodes])
-    rng.shuffle(paths)
-    return paths, [float(rng.random() < 0.5) for _ in paths]
+def _estimators(args: argparse.Namespace) -> int:
+    trajectories, depth = args.prompts * args.width, TreeConfig.load().max_depth
+    rows = estimators.measure(trajectories=trajectories, depth=depth, width=args.width, repeats=args.repeats)
+    print(f'{trajectories:,} trajectories, {depth} nodes each, trees of width {args.width}')
+    print(table(rows))
+    return 0
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from ..bench import engine as real
+    from ..bench.fit import fit
+    model, error = fit(real.open_engine(args.engine))
+    model.to_json(args.fit)
+    print(f'{model}\nIts step times are {error:.1%} off at the points that it was fitted to, in the mean. '
+          f'Written to {args.fit}')
+    return 0
+
+
+def _workload(args: argparse.Namespace) -> Workload:
+    if (args.workload == 'lengths') != (args.lengths is not None):
+        raise ValueError('--lengths FILE belongs to --workload lengths, and it to --lengths.')
+    config = TreeConfig.load()
+    if args.workload != 'natural':
+        # Text that nobody meant to end must not look like an end.
+        config = TreeConfig.from_dict({**config.to_dict(), 'answer': 'none', 'stop_at_repetition': False})
+    return Workload(
+        kind=args.workload,
+        messages=read_messages(args.data, args.prompts) if args.data else made_up_messages(args.prompts),
+        width=args.width,
+        config=config,
+        lengths=LengthDistribution.from_json(args.lengths) if args.lengths else None)
+
+
+def _engine(args: argparse.Namespace) -> int:
+    from ..bench import engine as real
+    modes = args.modes.split(',')
+    if unknown := [mode for mode in modes if mode not in real.MODES]:
+        raise ValueError(f'--modes {args.modes}: unknown {", ".join(unknown)}; allowed are {", ".join(real.MODES)}.')
+    if ('example' in modes) != (args.example is not None):
+        raise ValueError('--example FILE belongs to --modes ...,example, and it to --example.')
+    workload = _workload(args)
+    bench = real.Bench(real.open_engine(args.engine), workload, temperature=args.temperature, example=args.example)
+    found = real.measure(bench, modes, args.repeats)
+    print(f'\n{found["hardware"]}, {args.prompts} prompts x {args.width}, at most {workload.max_tokens} tokens, '
+          f'{args.workload} ends, medians of {args.repeats} interleaved runs')
+    print(table([_row(mode, summary) for mode, summary in found['modes'].items()]))
+    _write(args.json, found)
+    return 0
+
+
+def _row(mode: str, summary: dict[str, Any]) -> dict[str, Any]:
+    seconds = summary['seconds']
+    row = {
+        'mode': mode,
+        'seconds': f'{seconds["median"]:.2f} ({seconds["min"]:.2f} to {seconds["max"]:.2f})',
+        'trajectories/s': f'{summary["trajectories_per_second"]:.2f}',
+        'speed-up': f'{summary["speed_up"]:.2f}' if 'speed_up' in summary else '',
+        'of bound': f'{summary["speed_up_of_bound"]:.2f}' if 'speed_up' in summary else '',
+        'decoded tokens/s': f'{summary["decoded_tokens_per_second"]:.0f}',
+    }
+    for name in ('trajectory_tokens', 'decoded_tokens', 'prefilled_tokens', 'requests'):
+        row[f'{name.replace("_", " ")}/trajectory'] = f'{summary[f"{name}_per_trajectory"]:.1f}'
+    row['prefix hits'] = f'{summary["prefix_hit_rate"]:.0%}'
+    row['preemptions'] = f'{summary["preemptions"]:.0f}'
+    row['scheduler CPU'] = f'{summary["scheduler_cpu_share"]:.1%}' if summary['scheduler_cpu_share'] else ''
+    row['peak KV'] = f'{summary["peak_kv_usage"]:.0%}'
+    row['peak RSS MiB'] = f'{summary["peak_rss_mib"]:.0f}'
+    return row
+
+
+def _write(path: str | None, found: dict[str, Any]) -> None:
+    if path:
+        Path(path).write_text(json.dumps(found, indent=1) + '\n')
+        print(f'written to {path}')

@@ -1,0 +1,109 @@
+"""Places for trees: one rank each, no more than fit, the first come first."""
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from treepo_swift.admission import Admission, Forecast
+from treepo_swift.tasks import Nursery, all_or_cancel
+
+
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=30), st.integers(1, 4), st.sampled_from([0, 50, 100]))
+@settings(max_examples=100, deadline=None)
+def test_ranks_hold_no_more_than_fits_and_everybody_gets_a_place(sizes, ranks, capacity):
+    load, order = [0] * ranks, []
+
+    async def tree(admission: Admission, tokens: int) -> None:
+        async with admission.place(tokens) as place:
+            order.append(place.priority)
+            load[place.rank] += tokens
+            # A tree that fits nowhere has its rank for itself.
+            assert not capacity or load[place.rank] <= max(capacity, tokens)
+            await asyncio.sleep(0)
+            load[place.rank] -= tokens
+
+    async def batch() -> None:
+        admission = Admission(ranks=ranks, kv_tokens=capacity)
+        await all_or_cancel(tree(admission, size) for size in sizes)
+        assert admission.waiting == 0
+
+    asyncio.run(batch())
+    assert load == [0] * ranks and order == list(range(1, len(sizes) + 1))
+
+
+def test_trees_are_spread_over_the_ranks_by_tokens():
+    async def ranks() -> list[int]:
+        admission, taken = Admission(ranks=2, kv_tokens=0), []
+        async with admission.place(10) as a, admission.place(4) as b, admission.place(4) as c, admission.place(4) as d:
+            taken = [place.rank for place in (a, b, c, d)]
+        return taken
+
+    assert asyncio.run(ranks()) == [0, 1, 1, 1]
+
+
+def test_a_tree_that_is_cancelled_while_it_waits_leaves_no_trace():
+    async def batch() -> int:
+        admission = Admission(ranks=1, kv_tokens=10)
+        async with admission.place(10):
+            async def wait() -> None:
+                async with admission.place(10):
+                    raise AssertionError('no room')
+
+            task = asyncio.ensure_future(wait())
+            await asyncio.sleep(0)
+            assert admission.waiting == 1
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        async with admission.place(10) as place:
+            return place.priority
+
+    assert asyncio.run(batch()) == 2
+
+
+def test_forecasts_follow_what_was_seen():
+    forecast = Forecast()
+    assert forecast.decoded_tokens(unknown=500) == 500 and forecast.length('a') == 0
+    forecast.learn('a', decoded_tokens=100, mean_length=40.0)
+    assert forecast.decoded_tokens(unknown=500) == 100
+    forecast.learn('b', decoded_tokens=200, mean_length=20.0)
+    assert forecast.decoded_tokens(unknown=500) == 110
+    assert (forecast.length('a'), forecast.length('b'), forecast.length('new')) == (40, 20, 30)
+
+
+def test_a_nursery_waits_for_tasks_that_its_tasks_start():
+    done = []
+
+    async def task(nursery: Nursery, depth: int) -> None:
+        await asyncio.sleep(0)
+        if depth:
+            nursery.start(task(nursery, depth - 1))
+        done.append(depth)
+
+    async def run() -> None:
+        async with Nursery() as nursery:
+            nursery.start(task(nursery, 3))
+
+    asyncio.run(run())
+    assert sorted(done) == [0, 1, 2, 3]
+
+
+def test_an_error_in_one_task_ends_the_others_and_comes_out_as_it_is():
+    ended = []
+
+    async def forever() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise KeyError('why')
+
+    with pytest.raises(KeyError, match='why'):
+        asyncio.run(all_or_cancel([forever(), fails(), forever()]))
+    assert ended == [True, True]
