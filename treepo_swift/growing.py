@@ -130,6 +130,8 @@ class TreeGrower:
         search, path_id = self.search, request.path_id
         try:
             with self._clock:
+                if search.leaf(path_id) is request.prefix:
+                    search.tree.stats.evicted_tokens += self._evicted(request, segment)
                 segment = self._reader.cut_at_stop_string(search.leaf(path_id), segment)
                 path = search.extend(path_id, segment)
                 verdict = self._check(path)
@@ -150,6 +152,15 @@ class TreeGrower:
                 search.discard(segment.ahead)
             self._go_on(requests)
         return stop is not None
+
+    def _evicted(self, request: SegmentRequest, segment: Segment) -> int:
+        """Tokens of full KV blocks that a request's prefix had filled and that were gone when it came."""
+        if request.prefix.parent is None:
+            return 0
+        # The engine samples from the last token, which therefore is never in the cache.
+        known = len(self.prompt.token_ids) + request.prefix.length - 1
+        block = self._engine.info.block_size
+        return max(known // block * block - segment.cached_tokens, 0)
 
     def _fail(self, request: SegmentRequest, error: Exception) -> None:
         self._warn(f'{type(error).__name__}: {error}')

@@ -33,6 +33,7 @@ def tree_metrics(reports: Sequence[dict[str, Any]],
         'tree/saved_fraction': 1 - total.get('decoded_tokens', 0) / independent,
         'tree/engine_requests': total.get('engine_requests', 0),
         'tree/prefix_hit_rate': total.get('cached_tokens', 0) / max(total.get('input_tokens', 0), 1),
+        'tree/evicted_tokens': total.get('evicted_tokens', 0),
         'tree/forks': total.get('forks', 0),
         'tree/fallbacks': total.get('fallbacks', 0),
         'tree/failures': total.get('failures', 0),
@@ -50,6 +51,12 @@ def tree_metrics(reports: Sequence[dict[str, Any]],
         metrics['tree/rollout_seconds'] = sum(max(b['seconds'] for b in servers) for servers in batches)
         metrics['tree/scheduler_cpu_share'] = max(b['scheduler_cpu_seconds'] / b['seconds'] for servers in batches
                                                   for b in servers)
+        counted = [b['engine'] for servers in batches for b in servers if 'engine' in b]
+        if counted:
+            # Of the whole engine, as vLLM counts; the rates above are of the trees' own requests.
+            queries = sum(c['prefix_queries'] for c in counted)
+            metrics['tree/engine_prefix_hit_rate'] = sum(c['prefix_hits'] for c in counted) / max(queries, 1)
+            metrics['tree/engine_preemptions'] = sum(c['preemptions'] for c in counted)
     return {key: float(value) for key, value in metrics.items()}
 
 

@@ -87,11 +87,14 @@ def _pack(outputs: Sequence[RolloutOutput]) -> dict[str, Any]:
     for output, messages in zip(rest, histories):
         if messages[len(common):] != [_answer(output)]:
             output['messages'] = messages[len(common):]
-    columns = {}
+    columns: dict[str, Any] = {}
+    likest: list[int] = []
     for name, dtype in TYPES.items():
         turns = [[len(turn) for turn in getattr(output, name)] for output in outputs]
         rows = [np.array(list(chain.from_iterable(getattr(output, name))), dtype) for output in outputs]
-        shared = [_longest_shared(rows, index) for index in range(len(rows))]
+        likest = likest or [_likest(rows, index) for index in range(len(rows))]
+        shared = [(other, _shared(rows[other], row) if other < index else 0)
+                  for index, (other, row) in enumerate(zip(likest, rows))]
         own = np.concatenate([row[count:] for row, (_, count) in zip(rows, shared)])
         values = base64.b64encode(zlib.compress(own.tobytes(), 1)).decode()
         columns[name] = {'turns': turns, 'shared': shared, 'values': values}
@@ -107,16 +110,17 @@ def _answer(output: dict[str, Any]) -> dict[str, Any]:
     return {'role': 'assistant', 'content': output['response']['choices'][0]['message']['content']}
 
 
-def _longest_shared(rows: Sequence[np.ndarray], index: int) -> tuple[int, int]:
-    """Which earlier row begins most like row `index`, and for how many values; (0, 0) where none does."""
-    best = (0, 0)
-    for other in range(index):
-        size = min(len(rows[other]), len(rows[index]))
-        differ = np.flatnonzero(rows[other][:size] != rows[index][:size])
-        count = int(differ[0]) if len(differ) else size
-        if count > best[1]:
-            best = (other, count)
-    return best
+def _likest(rows: Sequence[np.ndarray], index: int) -> int:
+    """Which earlier row has the longest common beginning with row `index`; `index` itself where there is none."""
+    return max(range(index), key=lambda other: _shared(rows[other], rows[index]), default=index)
+
+
+def _shared(one: np.ndarray, other: np.ndarray) -> int:
+    """How many values the two have in common at their beginning."""
+    size = min(len(one), len(other))
+    differ = one[:size] != other[:size]
+    first = int(differ.argmax()) if size else 0
+    return first if size and differ[first] else size
 
 
 def _unpack(tree: dict[str, Any]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from swift.rollout import MultiTurnScheduler
 from swift.utils import get_logger
 from tqdm import tqdm
 
-from .admission import Admission, Forecast
+from .admission import KV_SHARE, Admission, Forecast
 from .config import ConfigError, TreeConfig
 from .engine import EngineCounters, Prompt, SegmentEngine, VllmSegmentEngine, check_request_config
 from .grouping import Group, group_requests, prompt_key
@@ -273,7 +273,7 @@ class TreeRolloutScheduler(MultiTurnScheduler):
                 seeded=seeded,
                 warn=self._warn_once,
                 progress=progress)
-            async with admission.place(self._expected_tokens(tree)) as place:
+            async with admission.place(partial(self._expected_tokens, tree)) as place:
                 await grower.run(place, sharing if tree.shares_budget else None)
             with self._clock:
                 failures.update(p.error for p in tree.search.tree.trajectories if p.stop is StopReason.FAILED)
@@ -295,11 +295,12 @@ class TreeRolloutScheduler(MultiTurnScheduler):
                 tree.group.key, decoded_tokens=stats.decoded_tokens, mean_length=stats.trajectory_tokens / width)
 
     def _expected_tokens(self, tree: _Planted) -> int:
-        """KV tokens that a tree will take; 0 where it must not wait for others to end."""
+        """KV tokens to set aside for a tree; 0 where it must not wait for others to end."""
         if tree.search.width == 1 or tree.shares_budget:
             return 0
         first_segments = tree.search.width * self.config.segment_length
-        return len(tree.prompt.token_ids) + self._forecast.decoded_tokens(unknown=first_segments)
+        decoded = self._forecast.decoded_tokens(unknown=first_segments)
+        return len(tree.prompt.token_ids) + round(KV_SHARE * decoded)
 
     def _counted_since(self, before: EngineCounters | None) -> dict[str, int]:
         now = self._engine.counters()

@@ -119,6 +119,8 @@ class TreeStats:
     """Sum of the engine requests' inputs, prompts included."""
     cached_tokens: int = 0
     """Those of them that the engine found in its prefix cache."""
+    evicted_tokens: int = 0
+    """Those of them that this tree had computed before and that the engine had to compute again."""
     forks: int = 0
     """Branches beyond the first at a boundary, root included."""
     fallbacks: int = 0

@@ -572,16 +572,35 @@ def test_the_longest_trees_start_first_where_asked():
 
 def test_trees_wait_for_room_in_the_kv_cache_and_stay_on_their_rank():
     engine = FakeEngine()
-    engine.info = dataclasses.replace(engine.info, ranks=2, kv_tokens=80)
+    engine.info = dataclasses.replace(engine.info, ranks=2, kv_tokens=40)
     config = dataclasses.replace(CONFIG, answer='none', stop_at_repetition=False)
     outputs = rollout(requests(*'aaaabbbbccccdddd', config=config), scheduler(engine))
-    # A tree of four is expected to take 4 x 16 tokens and its prompt: one fits a rank at a time.
+    # A prompt and half of 4 x 16 tokens are set aside for a tree: one fits a rank at a time.
     assert engine.peak <= 8 and len(outputs) == 16
     ranks = {}
     for place in engine.places:
         ranks.setdefault(place.priority, set()).add(place.rank)
     assert sorted(ranks) == [1, 2, 3, 4] and all(len(rank) == 1 for rank in ranks.values())
     assert {rank for (rank, ) in ranks.values()} == {0, 1}
+
+
+def test_prefixes_that_the_engine_has_dropped_are_counted():
+    def evicted(forgets: bool, schedule: str) -> int:
+        class Caching(FakeEngine):
+            async def generate(self, prompt, response_ids, **kwargs):
+                known = (len(prompt.token_ids) + len(response_ids) - 1) // 16 * 16
+                async for segment in super().generate(prompt, response_ids, **kwargs):
+                    yield dataclasses.replace(segment, cached_tokens=0 if forgets else known)
+                    known = 0
+
+        config = dataclasses.replace(CONFIG, schedule=schedule)
+        outputs = rollout(requests(*['a prompt of 19 byte'] * 8, config=config), scheduler(Caching()))
+        return tree_of(outputs[0])['stats']['evicted_tokens']
+
+    for schedule in ('stream', 'lockstep'):
+        assert evicted(False, schedule) == 0
+        # Whole blocks only: 19 tokens of the prompt and 16 of a segment fill two of 16.
+        assert evicted(True, schedule) >= 32 and evicted(True, schedule) % 16 == 0
 
 
 def test_reports_of_ten_thousand_trajectories_are_small():

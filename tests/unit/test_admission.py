@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ def test_ranks_hold_no_more_than_fits_and_everybody_gets_a_place(sizes, ranks, c
     load, order = [0] * ranks, []
 
     async def tree(admission: Admission, tokens: int) -> None:
-        async with admission.place(tokens) as place:
+        async with admission.place(lambda: tokens) as place:
             order.append(place.priority)
             load[place.rank] += tokens
             # A tree that fits nowhere has its rank for itself.
@@ -36,20 +37,30 @@ def test_ranks_hold_no_more_than_fits_and_everybody_gets_a_place(sizes, ranks, c
 
 def test_trees_are_spread_over_the_ranks_by_tokens():
     async def ranks() -> list[int]:
-        admission, taken = Admission(ranks=2, kv_tokens=0), []
-        async with admission.place(10) as a, admission.place(4) as b, admission.place(4) as c, admission.place(4) as d:
-            taken = [place.rank for place in (a, b, c, d)]
+        admission, stack, taken = Admission(ranks=2, kv_tokens=0), AsyncExitStack(), []
+        for tokens in (10, 4, 4, 4):
+            taken.append((await stack.enter_async_context(admission.place(lambda t=tokens: t))).rank)
+        await stack.aclose()
         return taken
 
     assert asyncio.run(ranks()) == [0, 1, 1, 1]
 
 
+def test_trees_of_unknown_size_are_spread_too():
+    async def ranks() -> list[int]:
+        admission = Admission(ranks=2, kv_tokens=0)
+        async with admission.place(lambda: 0) as a, admission.place(lambda: 0) as b, admission.place(lambda: 0) as c:
+            return [place.rank for place in (a, b, c)]
+
+    assert asyncio.run(ranks()) == [0, 1, 0]
+
+
 def test_a_tree_that_is_cancelled_while_it_waits_leaves_no_trace():
     async def batch() -> int:
         admission = Admission(ranks=1, kv_tokens=10)
-        async with admission.place(10):
+        async with admission.place(lambda: 10):
             async def wait() -> None:
-                async with admission.place(10):
+                async with admission.place(lambda: 10):
                     raise AssertionError('no room')
 
             task = asyncio.ensure_future(wait())
@@ -58,7 +69,7 @@ def test_a_tree_that_is_cancelled_while_it_waits_leaves_no_trace():
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-        async with admission.place(10) as place:
+        async with admission.place(lambda: 10) as place:
             return place.priority
 
     assert asyncio.run(batch()) == 2

@@ -66,7 +66,7 @@ class Bench:
         self._segments = VllmSegmentEngine(engine)
         ending = self._segments
         if workload.lengths is not None:
-            ending = EndingEngine(self._segments, workload.lengths, random.Random(0))
+            ending = EndingEngine(self._segments, workload.lengths, random.Random(0), workload.max_tokens)
         self._trees = TreeRolloutScheduler(segment_engine=ending, tokenizer=engine.tokenizer)
         self._example = _load_example(example, engine, workload) if example else None
         if self._example:

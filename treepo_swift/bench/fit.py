@@ -26,7 +26,9 @@ REPEATS = 3
 def fit(engine: GRPOVllmEngine) -> tuple[EngineModel, float]:
     """The engine's model, and the mean relative error of its step times at the points that it was fitted to."""
     ignore_eos(engine)
-    return asyncio.run(_Fit(engine).run())
+    # The scheduler's own part has nothing of the engine in it.
+    events = fake.measure(TreeConfig(segment_length=32), prompts=50, width=16)['segments/s']
+    return asyncio.run(_Fit(engine).run(event_seconds=1 / events))
 
 
 class _Fit:
@@ -37,7 +39,7 @@ class _Fit:
         self._dice = random.Random(0)
         self._vocabulary = range(10, min(len(engine.tokenizer), 300))
 
-    async def run(self) -> tuple[EngineModel, float]:
+    async def run(self, event_seconds: float) -> tuple[EngineModel, float]:
         from swift.infer_engine.protocol import RequestConfig
         await self._segments.begin_batch(RequestConfig(temperature=1.0))
         info = self._segments.info
@@ -62,8 +64,6 @@ class _Fit:
             await self._batch(self._max_sequences, 32, 1)
             request_seconds = (time.process_time() - started) / self._max_sequences
             bar.update()
-        # Nothing of the engine in it, so that it may be measured anywhere.
-        event_seconds = 1 / fake.measure(TreeConfig(segment_length=32), prompts=50, width=16)['segments/s']
         predicted = rows @ costs
         model = EngineModel(
             step_seconds=float(costs[0]),

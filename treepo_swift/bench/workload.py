@@ -65,18 +65,21 @@ class EndingEngine:
     A request draws its path's length given that it is longer than its prefix, so a fork's end is its own, and asking
     segment by segment draws from the same distribution as asking once.
     """
-    def __init__(self, engine: SegmentEngine, lengths: LengthDistribution, rng: random.Random) -> None:
+    def __init__(self, engine: SegmentEngine, lengths: LengthDistribution, rng: random.Random, limit: int) -> None:
+        """A length of at least `limit` tokens, the most that a response may have, is one that was cut there."""
         self._engine = engine
         self._lengths = lengths
         self._rng = rng
+        self._limit = limit
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
     async def generate(self, prompt: Prompt, response_ids: Sequence[int], *, max_tokens: int, segment_tokens: int,
                        seed: int | None, place: Place) -> AsyncGenerator[Segment, None]:
-        left = self._lengths.draw(self._rng, longer_than=len(response_ids)) - len(response_ids)
-        ends_here = left <= max_tokens
+        length = self._lengths.draw(self._rng, longer_than=len(response_ids))
+        left = length - len(response_ids)
+        ends_here = left <= max_tokens and length < self._limit
         async for segment in self._engine.generate(
                 prompt,
                 response_ids,

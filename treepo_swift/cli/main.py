@@ -4,9 +4,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import bench, config, doctor, plugin
+from . import bench, config, doctor, plugin, simulate
 
-COMMANDS = {'doctor': doctor, 'plugin': plugin, 'config': config, 'bench': bench}
+COMMANDS = {'doctor': doctor, 'plugin': plugin, 'config': config, 'bench': bench, 'simulate': simulate}
 
 
 def main(argv: list[str] | None = None) -> int:

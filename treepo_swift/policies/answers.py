@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Callable, Protocol
 
 from ..config import TreeConfig
@@ -113,7 +113,7 @@ class BoxedDetector:
         if not state.started:
             end = text.find(BOXED)
             if end < 0:
-                return replace(state, carry=text[1 - len(BOXED):])
+                return BoxedState(text[1 - len(BOXED):])
             end, blank = end + len(BOXED), True
         for piece in _PIECE.finditer(text, end):
             if blank and not _is_blank(text[end:piece.start()]):

@@ -4,12 +4,13 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
-_PRIMES = (2**32 - 5, 2**32 - 17)
-# Text that is made to collide needs to know these. Results do not depend on them: suspects are compared as text.
-_BASES = tuple(secrets.randbelow(prime - 2**24) + 2**23 for prime in _PRIMES)
+_PRIME = 2**32 - 5
+# Text that is made to collide needs to know this. Results do not depend on it: suspects are compared as text.
+_BASE = secrets.randbelow(_PRIME - 2**24) + 2**23
 
 
 def _no_hashes() -> np.ndarray:
@@ -43,8 +44,8 @@ class RepetitionState:
 class RepetitionDetector:
     """Finds a substring of at least `length` characters that occurs at least `count` times, overlaps included.
 
-    There is one exactly when some window of `length` characters occurs so often. Each window is hashed once (two
-    polynomial hashes modulo primes of 32 bits, with bases that are drawn when the process starts). A piece of text is
+    There is one exactly when some window of `length` characters occurs so often. Each window is hashed once (a
+    polynomial hash modulo a prime of 32 bits, with a base that is drawn when the process starts). A piece of text is
     checked by counting all windows of its path into buckets; only where a new window's bucket is full enough are
     hashes compared, and only windows whose hashes occur often enough are compared as text, so the result is exact.
     """
@@ -106,24 +107,26 @@ def has_repetition(text: str, length: int, count: int) -> bool:
     return detector.feed(detector.start(), text).found
 
 
+@lru_cache(maxsize=64)
+def _power(size: int) -> np.uint64:
+    return np.uint64(pow(_BASE, size, _PRIME))
+
+
 def _window_hashes(text: str, length: int) -> np.ndarray:
     """Hash of every window of `length` characters: uint64 [len(text) - length + 1], by doubling, in vectors."""
-    primes = np.array(_PRIMES, np.uint64)[:, None]
+    prime = np.uint64(_PRIME)
 
     def joined(left: np.ndarray, right: np.ndarray, right_size: int) -> np.ndarray:
-        powers = [pow(base, right_size, prime) for base, prime in zip(_BASES, _PRIMES, strict=True)]
-        usable = min(left.shape[1], right.shape[1])
-        return (left[:, :usable] * np.array(powers, np.uint64)[:, None] + right[:, :usable]) % primes
+        return (left[:len(right)] * _power(right_size) + right[:len(left)]) % prime
 
-    characters = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32).astype(np.uint64)
     # `part` hashes windows of `size`, a power of two; `result` those of the bits of `length` that are done.
-    part, size = np.stack([characters] * len(_PRIMES)), 1
+    part, size = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32).astype(np.uint64), 1
     result, result_size = None, 0
     while True:
         if length & size:
-            result = part if result is None else joined(part, result[:, size:], result_size)
+            result = part if result is None else joined(part, result[size:], result_size)
             result_size += size
         if result_size == length:
-            return (result[0] << np.uint64(32)) | result[1]
-        part = joined(part, part[:, size:], size)
+            return result
+        part = joined(part, part[size:], size)
         size *= 2

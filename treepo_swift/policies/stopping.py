@@ -6,7 +6,7 @@ from typing import Any, Sequence
 
 from ..config import ConfigError, TreeConfig
 from ..tree import StopReason
-from .answers import answer_detectors, has_boxed_answer
+from .answers import NeverDetector, answer_detectors, has_boxed_answer
 from .repetition import RepetitionDetector, RepetitionState, has_repetition
 
 __all__ = ['TextChecker', 'TextState', 'check_text', 'first_stop_string', 'has_boxed_answer', 'has_repetition']
@@ -45,6 +45,11 @@ class TextChecker:
         self.repetitions = (
             RepetitionDetector(config.repetition_length, config.repetition_count)
             if config.stop_at_repetition else None)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether anything is looked for."""
+        return self.repetitions is not None or not isinstance(self.answers, NeverDetector)
 
     def start(self) -> TextState:
         """The state before any text."""

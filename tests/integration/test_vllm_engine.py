@@ -1,0 +1,165 @@
+"""What goes over the boundary to vLLM, and what is made of what comes back."""
+from __future__ import annotations
+
+import asyncio
+import math
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip('swift')
+pytest.importorskip('vllm')
+
+from swift.infer_engine.protocol import RequestConfig  # noqa: E402
+from vllm.logprobs import FlatLogprobs  # noqa: E402
+from vllm.sampling_params import RequestOutputKind, SamplingParams  # noqa: E402
+
+from treepo_swift.engine import EngineError, Place, Prompt, VllmSegmentEngine  # noqa: E402
+from treepo_swift.tree import StopReason  # noqa: E402
+
+
+class Tokenizer:
+    all_special_ids = [1]
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return [1] if text == '<|im_end|>' else [ord(c) for c in text]
+
+
+class Vllm:
+    """`AsyncLLM` as far as we use it: says 100, 101, ... in the chunks that it was asked for."""
+    log_stats = False
+
+    def __init__(self, *, ranks: int, policy: str, length: int = 10**6, gone_after: int = 10**6) -> None:
+        self.vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(max_model_len=1000, max_logprobs=20),
+            cache_config=SimpleNamespace(block_size=16, num_gpu_blocks=100),
+            parallel_config=SimpleNamespace(data_parallel_size=ranks),
+            scheduler_config=SimpleNamespace(policy=policy))
+        self.length, self.gone_after = length, gone_after
+        self.asked: list[tuple] = []
+        self.closed = 0
+
+    async def generate(self, inputs, sampling, request_id, **options):
+        self.asked.append((inputs, sampling, request_id, options))
+        total = min(sampling.max_tokens, self.length)
+        ends = [total]
+        if sampling.output_kind is RequestOutputKind.DELTA:
+            ends = [*range(1, total, sampling.stream_interval), total]
+        try:
+            for begin, end in zip([0, *ends], ends):
+                if end > self.gone_after:
+                    return
+                tokens = list(range(100 + begin, 100 + end))
+                logprobs = FlatLogprobs()
+                for token in tokens:
+                    # The sampled token, then the likeliest ones: it may be one of them.
+                    likeliest = [token, 7][:sampling.logprobs]
+                    logprobs.append_fast([token, *likeliest], [-1.0, -1.0, -2.0], [1, 1, 2], [None] * 3)
+                finished = end == total
+                reason = ('length' if total == sampling.max_tokens else 'stop') if finished else None
+                completion = SimpleNamespace(
+                    token_ids=tokens, logprobs=logprobs, finish_reason=reason, stop_reason=None)
+                yield SimpleNamespace(outputs=[completion], finished=finished, num_cached_tokens=32)
+        finally:
+            self.closed += 1
+
+
+def engine(ranks: int = 1, policy: str = 'fcfs', **options) -> VllmSegmentEngine:
+    async def no_lora():
+        return None
+
+    def prepare(config):
+        return SamplingParams(logprobs=config.top_logprobs or 0, temperature=config.temperature)
+
+    def add_stop_words(sampling, config):
+        sampling.stop = [*(config.stop or []), '<|im_end|>']
+
+    return VllmSegmentEngine(
+        SimpleNamespace(
+            use_async_engine=True,
+            engine=Vllm(ranks=ranks, policy=policy, **options),
+            model_dir='m',
+            tokenizer=Tokenizer(),
+            default_adapter_request=None,
+            _prepare_generation_config=prepare,
+            _add_stop_words=add_stop_words,
+            _get_stop_token_ids=lambda words: [],
+            _get_grpo_lora_request_async=no_lora))
+
+
+def sample(target: VllmSegmentEngine, max_tokens: int, segment_tokens: int, *, take: int = 10**6, top: int = 0,
+           stop: list[str] | None = None, place: Place = Place()):
+    async def run():
+        await target.begin_batch(RequestConfig(temperature=1.0, stop=stop), top_logprobs=top)
+        segments = []
+        stream = target.generate(
+            Prompt([1, 2, 3], {}), [4, 5], max_tokens=max_tokens, segment_tokens=segment_tokens, seed=9, place=place)
+        async for segment in stream:
+            segments.append(segment)
+            if len(segments) == take:
+                break
+        await stream.aclose()
+        return segments
+
+    return asyncio.run(run())
+
+
+def test_a_stream_comes_in_chunks_of_a_segment_and_ends_as_the_model_ends_it():
+    target = engine(length=70)
+    segments = sample(target, 96, 32)
+    assert [len(s.token_ids) for s in segments] == [32, 32, 6]
+    assert [t for s in segments for t in s.token_ids] == list(range(100, 170))
+    assert [s.stop for s in segments] == [None, None, StopReason.EOS]
+    assert [s.cached_tokens for s in segments] == [32, 0, 0] and [s.ahead for s in segments] == [1, 1, 0]
+    (inputs, sampling, _, _), = target._vllm.asked
+    assert inputs == {'prompt_token_ids': [1, 2, 3, 4, 5], 'type': 'token'}
+    assert (sampling.output_kind, sampling.stream_interval) == (RequestOutputKind.DELTA, 32)
+    assert (sampling.max_tokens, sampling.seed) == (96, 9)
+
+
+@pytest.mark.parametrize('length', [32, 64, 96])
+def test_a_response_that_ends_with_a_segment_says_so_in_it(length):
+    segments = sample(engine(length=length), 128, 32)
+    assert [s.stop for s in segments] == [None] * (length // 32 - 1) + [StopReason.EOS]
+
+
+def test_a_request_of_one_segment_comes_whole():
+    target = engine()
+    segment, = sample(target, 32, 32)
+    assert segment.stop is None and len(segment.token_ids) == 32
+    assert target._vllm.asked[0][1].output_kind is RequestOutputKind.FINAL_ONLY
+
+
+def test_leaving_a_stream_ends_its_request():
+    target = engine()
+    assert len(sample(target, 96, 32, take=1)) == 1 and target._vllm.closed == 1
+
+
+def test_no_text_is_decoded_where_nobody_reads_it():
+    target = engine()
+    sample(target, 32, 32)
+    sampling = target._vllm.asked[0][1]
+    assert (sampling.detokenize, sampling.stop, sampling.flat_logprobs) == (False, [], True)
+    sample(target, 32, 32, stop=['END'])
+    sampling = target._vllm.asked[1][1]
+    assert (sampling.detokenize, sampling.stop) == (True, ['END'])
+
+
+def test_a_tree_stays_on_its_rank_and_priority_is_given_where_the_engine_takes_it():
+    for ranks, policy, options in [(1, 'fcfs', (0, None)), (2, 'fcfs', (0, 1)), (1, 'priority', (7, None))]:
+        target = engine(ranks, policy)
+        sample(target, 32, 32, place=Place(rank=1, priority=7))
+        given = target._vllm.asked[0][3]
+        assert (given['priority'], given['data_parallel_rank']) == options
+        assert target.info.kv_tokens == 1600 // ranks
+
+
+def test_entropies_count_each_outcome_once():
+    segment, = sample(engine(), 2, 2, top=2)
+    rest = 1 - math.exp(-1) - math.exp(-2)
+    assert segment.entropies == pytest.approx([math.exp(-1) + 2 * math.exp(-2) - rest * math.log(rest)] * 2)
+
+
+def test_a_request_that_breaks_off_is_an_error():
+    with pytest.raises(EngineError, match='without an output'):
+        sample(engine(gone_after=40), 96, 32)
