@@ -8,12 +8,13 @@ import platform
 import random
 import sys
 import time
+from collections import Counter
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, AsyncIterator, Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
 from tqdm import tqdm
 
@@ -48,9 +49,13 @@ class Run:
     """Of this process, which runs the scheduler and vLLM's front end."""
     peak_kv_usage: float
     """Share of the KV cache."""
+    tail_seconds: float
+    """At the end, with less than half as many running sequences as at the peak."""
     lengths: tuple[int, ...]
     depths: tuple[int, ...] = ()
-    """Depth of every trajectory that fallback started; only of trees."""
+    """Depth of every trajectory; only of trees."""
+    fallback_depths: tuple[int, ...] = ()
+    """Of those that fallback started."""
 
 
 class Bench:
@@ -153,7 +158,8 @@ class Bench:
             decoded_tokens=sum(s['decoded_tokens'] for s in stats),
             requests=sum(s['engine_requests'] for s in stats),
             scheduler_cpu_seconds=reports[0]['batch']['scheduler_cpu_seconds'],
-            depths=tuple(report['depth'] for report in reports if report['fallback_from'] is not None))
+            depths=tuple(report['depth'] for report in reports),
+            fallback_depths=tuple(report['depth'] for report in reports if report['fallback_from'] is not None))
 
     async def _run_example(self) -> Run:
         if self._example is None:
@@ -203,19 +209,29 @@ class _Seen:
     seconds: float = 0.0
     peak_rss_mib: float = 0.0
     peak_kv_usage: float = 0.0
+    running: list[tuple[float, float]] = field(default_factory=list)
+    """When how many sequences ran."""
 
     async def watch(self) -> None:
         import psutil
         from vllm.v1.metrics.reader import get_metrics_snapshot
-        process = psutil.Process()
+        process, started = psutil.Process(), time.perf_counter()
         while True:
             self.peak_rss_mib = max(self.peak_rss_mib, process.memory_info().rss / 2**20)
-            used = [m.value for m in get_metrics_snapshot() if m.name == 'vllm:kv_cache_usage_perc']
-            self.peak_kv_usage = max([self.peak_kv_usage, *used])
+            gauges: dict[str, list[float]] = {}
+            for metric in get_metrics_snapshot():
+                gauges.setdefault(metric.name, []).append(getattr(metric, 'value', 0.0))
+            self.peak_kv_usage = max(self.peak_kv_usage, *gauges['vllm:kv_cache_usage_perc'])
+            self.running.append((time.perf_counter() - started, sum(gauges['vllm:num_requests_running'])))
             await asyncio.sleep(SAMPLE_SECONDS)
 
+    def tail_seconds(self) -> float:
+        half = max(count for _, count in self.running) / 2
+        return max(self.seconds - max(when for when, count in self.running if count >= half), 0.0)
+
     def run(self, *, lengths: tuple[int, ...], decoded_tokens: int, requests: int,
-            scheduler_cpu_seconds: float = 0.0, depths: tuple[int, ...] = ()) -> Run:
+            scheduler_cpu_seconds: float = 0.0, depths: tuple[int, ...] = (),
+            fallback_depths: tuple[int, ...] = ()) -> Run:
         counted = self.counted
         return Run(
             seconds=self.seconds,
@@ -228,8 +244,10 @@ class _Seen:
             scheduler_cpu_seconds=scheduler_cpu_seconds,
             peak_rss_mib=self.peak_rss_mib,
             peak_kv_usage=self.peak_kv_usage,
+            tail_seconds=self.tail_seconds(),
             lengths=lengths,
-            depths=depths)
+            depths=depths,
+            fallback_depths=fallback_depths)
 
 
 def open_engine(rollout_args: Sequence[str]) -> GRPOVllmEngine:
@@ -311,8 +329,14 @@ def _summary(runs: list[Run]) -> dict[str, Any]:
         'scheduler_cpu_share': mid(lambda r: r.scheduler_cpu_seconds / r.seconds),
         'peak_rss_mib': max(r.peak_rss_mib for r in runs),
         'peak_kv_usage': max(r.peak_kv_usage for r in runs),
-        'fallback_depths': sorted(depth for run in runs for depth in run.depths),
+        'tail_share': mid(lambda r: r.tail_seconds / r.seconds),
+        'depths': _counts(depth for run in runs for depth in run.depths),
+        'fallback_depths': _counts(depth for run in runs for depth in run.fallback_depths),
     }
+
+
+def _counts(values: Iterable[int]) -> dict[str, int]:
+    return {str(value): count for value, count in sorted(Counter(values).items())}
 
 
 def hardware() -> str:

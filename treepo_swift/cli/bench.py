@@ -13,7 +13,12 @@ from ..bench.workload import KINDS, Workload, made_up_messages, read_messages
 from ..config import TreeConfig
 from ..lengths import LengthDistribution
 
-EPILOG = '''Everything after -- goes to the engine, as `swift rollout` takes it:
+EPILOG = '''Rows of the table that may need a word:
+  of bound   the speed-up over what the saved tokens allow; above 1 where swift's own path costs more for a token
+  prefilled  input tokens that were not in the prefix cache
+  tail       share of the time, at its end, with less than half of the most running sequences
+  scheduler CPU  of the rollout's time, spent in the scheduler on the event loop
+Everything after -- goes to the engine, as `swift rollout` takes it:
   treepo-swift bench --prompts 12 --width 16 -- --model Qwen/Qwen2.5-1.5B-Instruct --vllm_max_model_len 8192
 The tree's shape comes from TREEPO_CONFIG and TREEPO_* variables, as everywhere.'''
 
@@ -135,6 +140,7 @@ def _row(mode: str, summary: dict[str, Any]) -> dict[str, Any]:
     row['prefix hits'] = f'{summary["prefix_hit_rate"]:.0%}'
     row['preemptions'] = f'{summary["preemptions"]:.0f}'
     row['scheduler CPU'] = f'{summary["scheduler_cpu_share"]:.1%}' if summary['scheduler_cpu_share'] else ''
+    row['tail'] = f'{summary["tail_share"]:.0%}'
     row['peak KV'] = f'{summary["peak_kv_usage"]:.0%}'
     row['peak RSS MiB'] = f'{summary["peak_rss_mib"]:.0f}'
     return row
