@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Callable, Sequence
 
 from treepo_swift.config import TreeConfig
-from treepo_swift.policies.stopping import TextChecker
-from treepo_swift.search import Limits, Segment, SegmentRequest, TreeSearch, text_verdict
+from treepo_swift.policies.stopping import TextChecker, text_verdict
+from treepo_swift.search import Limits, Segment, SegmentRequest, TreeSearch
 from treepo_swift.text import PathReader
 from treepo_swift.tree import StopReason, response_ids
 

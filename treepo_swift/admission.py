@@ -84,6 +84,7 @@ class Forecast:
     """Prompts whose length is remembered; the oldest is forgotten."""
     WEIGHT = 0.1
     """Of a new tree in the running mean."""
+
     def learn(self, prompt: str, *, decoded_tokens: int, mean_length: float) -> None:
         """A tree of `prompt` took `decoded_tokens`, and its trajectories had `mean_length` tokens."""
         old = decoded_tokens if self._mean is None else self._mean

@@ -206,9 +206,11 @@ class VllmSegmentEngine:
         kept.engine = SimpleNamespace(generate=lambda llm_inputs, *args, **kwargs: llm_inputs)
         kept.default_adapter_request = None
         engine_inputs = kept._add_request(inputs, None, '')
-        return Prompt(list(inputs['input_ids']), inputs,
-                      {k: v
-                       for k, v in engine_inputs.items() if k != 'prompt_token_ids'})
+        return Prompt(
+            list(inputs['input_ids']), inputs, {
+                k: v
+                for k, v in engine_inputs.items() if k != 'prompt_token_ids'
+            })
 
     async def begin_batch(self, request_config: RequestConfig, *, top_logprobs: int = 0) -> None:
         check_request_config(request_config)

@@ -1,6 +1,7 @@
 """Drives one tree over an engine: requests go out, segments come in, checks are asked, failures are grown around."""
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import aclosing
 from inspect import isawaitable
@@ -36,8 +37,8 @@ CheckEnd = Callable[[Path, StopReason], Awaitable[None]]
 
 class TreeGrower:
     """Grows one tree to its end. Whatever happens, no task and no engine request of it outlives `run`."""
-    def __init__(self, search: TreeSearch, prompt: Prompt, *, engine: SegmentEngine, reader: PathReader,
-                 check: Check, check_end: CheckEnd, clock: CpuClock, seeded: bool, warn: Callable[[str], None],
+    def __init__(self, search: TreeSearch, prompt: Prompt, *, engine: SegmentEngine, reader: PathReader, check: Check,
+                 check_end: CheckEnd, clock: CpuClock, seeded: bool, warn: Callable[[str], None],
                  progress: Callable[[int], None]) -> None:
         """`seeded` asks the engine to sample reproducibly; `progress` hears how many trajectories were added."""
         self.search = search
@@ -55,16 +56,16 @@ class TreeGrower:
         self._sharing: Rendezvous | None = None
         self._resuming = False
         self._paths: Nursery
+        self._growing: dict[int, asyncio.Task] = {}
+        """Of the paths that have not ended, by their ids."""
 
     async def run(self, place: Place = Place(), sharing: Rendezvous | None = None) -> None:
         """`sharing` is where the trees that share a token budget wait for each other."""
         self._place, self._sharing = place, sharing
         try:
             async with Nursery() as self._paths:
-                if self.search.done:
-                    self._go_on([])
-                else:
-                    self._go_on(self.search.start(self._share(sharing.members) if sharing else None))
+                planted = not self.search.done
+                self._go_on(self.search.start(self._share(sharing.members) if sharing else None) if planted else [])
         finally:
             if sharing:
                 sharing.leave()
@@ -75,7 +76,7 @@ class TreeGrower:
     def _go_on(self, requests: list[SegmentRequest]) -> None:
         # Forks of one node leave together: the first computes what is not in the cache, the others find it there.
         for request in requests:
-            self._paths.start(self._grow(request))
+            self._growing[request.path_id] = self._paths.start(self._grow(request))
         if self.search.waiting and not self._resuming:
             self._resuming = True
             self._paths.start(self._resume())
@@ -83,7 +84,10 @@ class TreeGrower:
             self._progress(len(self.search.tree.trajectories) - self._reported)
             self._reported = len(self.search.tree.trajectories)
         if self.search.done:
-            self._paths.cancel_others()
+            # Where the tree has given up, paths still grow. Those that have ended may be aborting their requests.
+            for task in self._growing.values():
+                task.cancel()
+            self._growing.clear()
 
     async def _resume(self) -> None:
         growing = await self._sharing.wait()
@@ -149,6 +153,7 @@ class TreeGrower:
         with self._clock:
             requests = search.settle(path_id, stop)
             if stop is not None:
+                del self._growing[path_id]
                 search.discard(segment.ahead)
             self._go_on(requests)
         return stop is not None
@@ -164,5 +169,6 @@ class TreeGrower:
 
     def _fail(self, request: SegmentRequest, error: Exception) -> None:
         self._warn(f'{type(error).__name__}: {error}')
+        del self._growing[request.path_id]
         with self._clock:
             self._go_on(self.search.fail(request.path_id, str(error)))

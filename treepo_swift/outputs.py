@@ -38,6 +38,7 @@ class PlainOutputs:
         self._outputs: dict[int, RolloutOutput] = {}
         self.batch: dict[str, Any] = {}
         """Goes into the report of the batch's first output."""
+
     def add(self, positions: Sequence[int], outputs: Sequence[RolloutOutput]) -> None:
         """Take the outputs of one tree, which stand at `positions` of the batch."""
         self._outputs.update(zip(positions, outputs, strict=True))

@@ -32,6 +32,7 @@ class PackedOutputs:
         self._trees: list[dict[str, Any]] = []
         self.batch: dict[str, Any] = {}
         """Goes into the report of the batch's first output."""
+
     def add(self, positions: Sequence[int], outputs: Sequence[RolloutOutput]) -> None:
         """Take the outputs of one tree, which stand at `positions` of the batch."""
         self._trees.append({'positions': list(positions), **_pack(outputs)})
@@ -79,9 +80,7 @@ def _pack(outputs: Sequence[RolloutOutput]) -> dict[str, Any]:
     index, and how many values), and in `values` what is its own, one output after the other. `messages` begin all
     histories; where an output has none of its own, they go on with its answer.
     """
-    rest = [
-        output.model_dump(mode='json', exclude={*TYPES}, exclude_none=True) for output in outputs
-    ]
+    rest = [output.model_dump(mode='json', exclude={*TYPES}, exclude_none=True) for output in outputs]
     histories = [output.pop('messages') for output in rest]
     common = _common_prefix(histories)
     for output, messages in zip(rest, histories):

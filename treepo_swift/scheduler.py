@@ -25,8 +25,8 @@ from .growing import CpuClock, TreeGrower
 from .hooks import HookError, HookRunner
 from .outputs import OutputWriter, PlainOutputs, RolloutError, RolloutFailure
 from .packing import PackedOutputs
-from .policies.stopping import TextChecker
-from .search import Limits, TreeSearch, check_policies, text_verdict
+from .policies.stopping import TextChecker, text_verdict
+from .search import Limits, TreeSearch, check_policies
 from .tasks import Rendezvous, all_or_cancel, calm_garbage_collection
 from .text import PathReader
 from .transport import REQUEST_KEY, RequestNote

@@ -9,13 +9,12 @@ import hashlib
 import random
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Iterable, Sequence
+from typing import Sequence
 
 from .config import TreeConfig
 from .policies import fallback
 from .policies.branching import BranchContext, branching_policies, most_leaves, next_width, paced_width
-from .policies.stopping import TextState
+from .policies.stopping import first_reason
 from .tree import Node, Path, StopReason, Tree
 
 MAX_FAILURES_PER_WIDTH = 2
@@ -72,23 +71,6 @@ class _Round:
     survivors: dict[int, Node] = field(default_factory=dict)
     finished: dict[int, Path] = field(default_factory=dict)
     failed: int = 0
-
-
-@lru_cache(maxsize=8)
-def _ranks(stop_order: tuple[str, ...]) -> dict[StopReason, int]:
-    return {reason: rank for rank, reason in enumerate(dict.fromkeys([*map(StopReason, stop_order), *StopReason]))}
-
-
-def first_reason(reasons: Iterable[StopReason], config: TreeConfig) -> StopReason | None:
-    """The one that counts of several stop reasons that hold at once, None where there is none."""
-    return min(reasons, key=_ranks(config.stop_order).__getitem__, default=None)
-
-
-def text_verdict(state: TextState, path: Path, config: TreeConfig) -> StopReason | None:
-    """Why a path should stop by what its text checks know, None where it should not."""
-    answered = state.answer and (path.stop is StopReason.EOS or not config.answer_needs_eos)
-    reasons = ([StopReason.ANSWER] if answered else []) + ([StopReason.REPETITION] if state.repetition else [])
-    return first_reason(reasons, config)
 
 
 def check_policies(config: TreeConfig) -> None:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Coroutine, Iterable, Iterator
 
-
 CALM = (50_000, 50, 1000)
 """Garbage collection thresholds while trees grow."""
 
@@ -33,26 +32,18 @@ class Nursery:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task] = set()
         self._over = asyncio.Event()
-        self._closing = False
         self._error: BaseException | None = None
 
-    def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task:
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
-
-    def cancel_others(self) -> None:
-        """Cancel all tasks but the one that calls."""
-        self._closing = True
-        for task in self._tasks - {asyncio.current_task()}:
-            task.cancel()
+        return task
 
     def _ended(self, task: asyncio.Task) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
             self._error = self._error or task.exception()
-        elif not self._closing:
-            self._error = self._error or RuntimeError('a task was cancelled from outside')
         if self._error is not None or not self._tasks:
             self._over.set()
 
@@ -65,7 +56,8 @@ class Nursery:
             if error is None and self._tasks:
                 await self._over.wait()
         finally:
-            self.cancel_others()
+            for task in self._tasks:
+                task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
         if error is None and self._error is not None:
             raise self._error

@@ -179,8 +179,8 @@ class Tree:
         parent = node.parent
         count = position - parent.length
         entropies = node.entropies
-        upper = Node(parent, node.token_ids[:count], node.logprobs[:count], node.depth, position,
-                     entropies and entropies[:count])
+        upper = Node(parent, node.token_ids[:count], node.logprobs[:count], node.depth, position, entropies
+                     and entropies[:count])
         node.parent = upper
         node.token_ids, node.logprobs = node.token_ids[count:], node.logprobs[count:]
         node.entropies = entropies and entropies[count:]

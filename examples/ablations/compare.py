@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import signal
 import statistics
 import sys
 import time
@@ -25,7 +23,7 @@ QUICKSTART = HERE.parent / 'quickstart'
 OUTPUT = HERE.parents[1] / 'output'
 sys.path.insert(0, str(QUICKSTART))
 from run import HELDOUT, START_TIMEOUT, accuracy, make_model, step  # noqa: E402
-from services import Service, ServiceFailed, free_port  # noqa: E402
+from services import Service, ServiceFailed, free_port, guarded, offline_environment  # noqa: E402
 
 MAX_STEPS = 100_000
 """Never reached: tokens end a run. The learning rate is constant, so nothing else depends on it."""
@@ -93,16 +91,7 @@ def main() -> int:
     args.seeds = list(dict.fromkeys(args.seeds))
     if args.points < 1 or args.tokens < args.points:
         parser.error(f'--points {args.points} --tokens {args.tokens}: needs at least one point, and a token for each')
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends the children too, like Ctrl-C
-    try:
-        compare(args)
-    except ServiceFailed as e:
-        print(f'\n{e}', file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f'\nStopped; no process is left. The same command goes on. Logs: {args.output}', file=sys.stderr)
-        return 130
-    return 0
+    return guarded(lambda: compare(args), f'The same command goes on. Logs: {args.output}')
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -138,26 +127,18 @@ def compare(args: argparse.Namespace) -> None:
 
 def train_all(runs: list[Run], output: Path, base: Path, data: Path) -> None:
     """One server for all runs without trees, then one for all with trees; never both, and none that is not needed."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith('TREEPO_')}
-    env |= {
-        'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
-        # The model is a local folder: nothing is to be looked up on a hub.
-        'HF_HUB_OFFLINE': '1',
-        'TRANSFORMERS_OFFLINE': '1',
-        'USE_HF': '1',
-        'MODEL': str(base),
-        'DATASET': str(data),
-    }
+    env = {key: value for key, value in offline_environment(base, data).items() if not key.startswith('TREEPO_')}
     done = 0
-    for name, script in (('plain', HERE / 'rollout_plain.sh'), ('tree', QUICKSTART / 'rollout.sh')):
+    for name, scheduler in (('plain', ''), ('tree', 'treepo')):
         batch = [run for run in runs if (METHODS[run.method].tree is None) == (name == 'plain')]
         if not batch:
             continue
         port = free_port()
         log = output / f'rollout-{name}.log'
         print(f'      {name} rollout server on port {port} (log: {log})', flush=True)
-        env['PORT'] = str(port)
-        with Service(f'The {name} rollout server', ['bash', str(script)], log=log, env=dict(env)) as server:
+        env |= {'PORT': str(port), 'SCHEDULER': scheduler}
+        command = ['bash', str(QUICKSTART / 'rollout.sh')]
+        with Service(f'The {name} rollout server', command, log=log, env=dict(env)) as server:
             server.wait_for_health(port, timeout=START_TIMEOUT)
             for run in batch:
                 done += 1

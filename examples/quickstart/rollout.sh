@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # The rollout server: vLLM grows the trees here. CPU by default; see train_gpu.sh for GPUs.
-# MODEL, PORT and TREEPO_CONFIG come from run.py; set them yourself to run this by hand (README.md).
+# MODEL, PORT and TREEPO_CONFIG come from run.py; set them yourself to run this by hand (README.md). With an empty
+# SCHEDULER there are no trees: every answer is sampled by itself.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+SCHEDULER=${SCHEDULER-treepo}
 export TREEPO_CONFIG=${TREEPO_CONFIG:-$here/tree.yaml}
 
 swift rollout \
@@ -11,7 +13,7 @@ swift rollout \
     --template chatml \
     --torch_dtype float32 \
     --external_plugins "$here/../../plugin/treepo_plugin.py" \
-    --multi_turn_scheduler treepo \
+    ${SCHEDULER:+--multi_turn_scheduler "$SCHEDULER"} \
     --vllm_use_async_engine true \
     --vllm_enforce_eager true \
     --vllm_max_model_len 384 \

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any, Callable
+
+from services import Service, free_port, guarded, offline_environment
 
 HERE = Path(__file__).resolve().parent
 START_TIMEOUT = 300
@@ -31,17 +31,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f'--steps {args.steps}: must be at least 1')
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends the children too, like Ctrl-C
-    from services import ServiceFailed
-    try:
-        quickstart(args)
-    except ServiceFailed as e:
-        print(f'\n{e}', file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f'\nStopped; no process is left. Logs are in {args.output}.', file=sys.stderr)
-        return 130
-    return 0
+    return guarded(lambda: quickstart(args), f'Logs are in {args.output}.')
 
 
 def quickstart(args: argparse.Namespace) -> None:
@@ -83,17 +73,9 @@ def make_model(output: Path) -> tuple[Path, Path]:
 
 
 def train(args: argparse.Namespace, run: Path, base: Path, data: Path) -> None:
-    from services import Service, free_port
     port = free_port()
     env = {
-        **os.environ,
-        'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
-        # The model is a local folder: nothing is to be looked up on a hub.
-        'HF_HUB_OFFLINE': '1',
-        'TRANSFORMERS_OFFLINE': '1',
-        'USE_HF': '1',
-        'MODEL': str(base),
-        'DATASET': str(data),
+        **offline_environment(base, data),
         'PORT': str(port),
         'GROUP_PORT': str(free_port()),
         'STEPS': str(args.steps),

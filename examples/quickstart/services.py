@@ -5,11 +5,13 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 from types import TracebackType
+from typing import Callable
 
 GRACE_SECONDS = 10
 
@@ -71,6 +73,33 @@ class Service:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
         raise ServiceFailed(f'{self.name} was not ready after {timeout:.0f} s. Its log: {self.log}')
+
+
+def guarded(work: Callable[[], None], if_stopped: str) -> int:
+    """Exit status of `work`: a service that failed or a user who stopped it ends with a message, not a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends the children too, like Ctrl-C
+    try:
+        work()
+    except ServiceFailed as e:
+        print(f'\n{e}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f'\nStopped; no process is left. {if_stopped}', file=sys.stderr)
+        return 130
+    return 0
+
+
+def offline_environment(base: Path, data: Path) -> dict[str, str]:
+    """Environment of the scripts here. The model is a local folder: nothing is to be looked up on a hub."""
+    return {
+        **os.environ,
+        'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
+        'HF_HUB_OFFLINE': '1',
+        'TRANSFORMERS_OFFLINE': '1',
+        'USE_HF': '1',
+        'MODEL': str(base),
+        'DATASET': str(data),
+    }
 
 
 def _group_lives(process: subprocess.Popen) -> bool:

@@ -17,19 +17,21 @@ ENGINE = [
 
 @pytest.fixture
 def command(environment: dict[str, str], model: Path):
-    def run(*args: str, engine: bool = True, **env: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [
-                sys.executable, '-m', 'treepo_swift.cli.main', *args,
-                *(['--', '--model', str(model), *ENGINE] if engine else [])
-            ],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={
-                **environment, 'VLLM_CPU_KVCACHE_SPACE': '1',
-                **env
-            })
+    def run(*args: str,
+            engine: bool = True,
+            more_engine: tuple[str, ...] = (),
+            **env: str) -> subprocess.CompletedProcess:
+        return subprocess.run([
+            sys.executable, '-m', 'treepo_swift.cli.main', *args,
+            *(['--', '--model', str(model), *ENGINE, *more_engine] if engine else [])
+        ],
+                              capture_output=True,
+                              text=True,
+                              timeout=300,
+                              env={
+                                  **environment, 'VLLM_CPU_KVCACHE_SPACE': '1',
+                                  **env
+                              })
 
     return run
 
@@ -63,6 +65,7 @@ def test_a_bench_counts_what_it_says_and_feeds_the_simulator(command, tmp_path):
     assert modes['stream']['prefilled_tokens_per_trajectory'] < modes['lockstep']['prefilled_tokens_per_trajectory']
     assert all(mode['prefix_hit_rate'] > 0 and len(mode['seconds']['all']) == 2 for mode in modes.values())
     assert 0 < modes['stream']['scheduler_cpu_share'] < 0.5
+    assert modes['stream']['evicted_tokens_per_trajectory'] == modes['lockstep']['evicted_tokens_per_trajectory'] == 0
 
     engine = tmp_path / 'engine.json'
     engine.write_text(
@@ -98,6 +101,30 @@ def test_answers_end_where_the_workload_says(command, tmp_path):
         TREEPO_MAX_DEPTH='4')
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(json.loads(found.read_text())['lengths']) <= {20, 50}
+
+
+def test_a_tree_stays_on_one_of_two_data_parallel_ranks(command, tmp_path):
+    """Forks on the other rank would not find their prefix there."""
+    found = tmp_path / 'bench.json'
+    done = command(
+        'bench',
+        '--prompts',
+        '4',
+        '--width',
+        '4',
+        '--repeats',
+        '1',
+        '--modes',
+        'stream,lockstep',
+        '--json',
+        str(found),
+        more_engine=('--vllm_data_parallel_size', '2'),
+        TREEPO_SEGMENT_LENGTH='32',
+        TREEPO_MAX_DEPTH='4')
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(found.read_text())
+    assert result['settings']['engine']['ranks'] == 2
+    assert [mode['evicted_tokens_per_trajectory'] for mode in result['modes'].values()] == [0, 0]
 
 
 @pytest.mark.parametrize('args, message', [

@@ -15,8 +15,8 @@ pytest.importorskip('swift')
 
 import requests as http  # noqa: E402
 from fastapi.encoders import jsonable_encoder  # noqa: E402
-from swift.infer_engine.protocol import (ChatCompletionResponse, ChatCompletionResponseChoice,  # noqa: E402
-                                         ChatMessage, RequestConfig, RolloutOutput, UsageInfo)
+from swift.infer_engine import protocol  # noqa: E402
+from swift.infer_engine.protocol import ChatMessage, RequestConfig, RolloutOutput, UsageInfo  # noqa: E402
 
 from tests.integration.test_scheduler import requests, scheduler  # noqa: E402
 from treepo_swift.packing import PackedOutputs, accept_packed  # noqa: E402
@@ -51,14 +51,19 @@ def outputs(draw) -> RolloutOutput:
     if draw(st.booleans()):
         messages.append({'role': 'assistant', 'content': content})
     reason = draw(st.sampled_from(['stop', 'length']))
-    choice = ChatCompletionResponseChoice(0, ChatMessage('assistant', content), reason)
+    choice = protocol.ChatCompletionResponseChoice(0, ChatMessage('assistant', content), reason)
     return RolloutOutput(
-        response=ChatCompletionResponse('m', [choice], UsageInfo(1, 2, 3), id=draw(st.text(max_size=3))),
+        response=protocol.ChatCompletionResponse('m', [choice], UsageInfo(1, 2, 3), id=draw(st.text(max_size=3))),
         messages=messages,
         response_token_ids=turns,
         response_loss_mask=[[draw(st.integers(0, 1)) for _ in turn] for turn in turns],
         rollout_logprobs=[[draw(logprobs) for _ in turn] for turn in turns],
-        rollout_infos={'num_turns': 1, 'tree': {'nodes': [1]}})
+        rollout_infos={
+            'num_turns': 1,
+            'tree': {
+                'nodes': [1]
+            }
+        })
 
 
 @given(st.lists(st.lists(outputs(), min_size=1, max_size=4), min_size=1, max_size=3), st.randoms())
@@ -83,8 +88,7 @@ def test_a_trainer_that_unpacks_gets_the_same_outputs_in_fewer_bytes():
     def note(packed: bool):
         batch = requests(*'aabbaabb')
         for request in batch:
-            request.data_dict['treepo'] = RequestNote(
-                **{**request.data_dict['treepo'], 'packed': packed}).to_dict()
+            request.data_dict['treepo'] = RequestNote(**{**request.data_dict['treepo'], 'packed': packed}).to_dict()
         return batch
 
     config = RequestConfig(max_tokens=64, seed=1)
@@ -115,8 +119,8 @@ def test_notes_carry_only_what_differs_from_the_defaults():
 def test_log_probs_keep_every_bit_of_the_engines_float32():
     values = np.array([-1e-7, -0.1, -1 / 3, -49.99999], np.float32).tolist()
     output = RolloutOutput(
-        response=ChatCompletionResponse('m', [ChatCompletionResponseChoice(0, ChatMessage('assistant', ''), 'stop')],
-                                        UsageInfo(0, 0, 0)),
+        response=protocol.ChatCompletionResponse(
+            'm', [protocol.ChatCompletionResponseChoice(0, ChatMessage('assistant', ''), 'stop')], UsageInfo(0, 0, 0)),
         messages=[],
         rollout_logprobs=[values])
     packed = PackedOutputs()

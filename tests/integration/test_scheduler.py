@@ -8,6 +8,7 @@ import pickle
 import random
 import threading
 import time
+from contextlib import aclosing
 
 import pytest
 from hypothesis import given, settings
@@ -308,6 +309,42 @@ def test_when_a_rollout_ends_nothing_of_it_is_alive():
         return len(asyncio.all_tasks())
 
     assert asyncio.run(cancelled()) == 1 and engine.running == 0
+
+
+class SlowToAbort(FakeEngine):
+    """As vLLM: a request that is left early is aborted by a message, which takes a turn of the event loop or two."""
+    open = 0
+
+    async def generate(self, *args, **kwargs):
+        self.open += 1
+        try:
+            async with aclosing(super().generate(*args, **kwargs)) as segments:
+                async for segment in segments:
+                    yield segment
+        finally:
+            await asyncio.sleep(0.01)
+            self.open -= 1
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_requests_of_paths_that_stop_are_aborted_to_the_end(seed):
+    engine = SlowToAbort()
+    rollout(requests(*'aaaabbbb', config=dataclasses.replace(CONFIG, segment_length=8, max_depth=8)), scheduler(engine),
+            seed=seed)
+    assert engine.open == 0 and engine.running == 0
+
+
+def test_a_tree_that_gives_up_aborts_what_still_runs():
+    class Fails(TreeRolloutScheduler):
+        def check_segment(self, path, text):
+            if path.id != 1:
+                raise KeyError('board')
+
+    config = dataclasses.replace(CONFIG, segment_length=4, max_depth=16, max_failure_fraction=1.0)
+    engine = SlowToAbort()
+    outputs = rollout(requests(*'aaaa', config=config), scheduler(engine, Fails))
+    assert {tree_of(o)['stop'] for o in outputs} == {'failed'}
+    assert engine.open == 0 and engine.running == 0
 
 
 # What the trainer and the server tell each other.

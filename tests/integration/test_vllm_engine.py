@@ -87,8 +87,14 @@ def engine(ranks: int = 1, policy: str = 'fcfs', **options) -> VllmSegmentEngine
             _get_grpo_lora_request_async=no_lora))
 
 
-def sample(target: VllmSegmentEngine, max_tokens: int, segment_tokens: int, *, take: int = 10**6, top: int = 0,
-           stop: list[str] | None = None, place: Place = Place()):
+def sample(target: VllmSegmentEngine,
+           max_tokens: int,
+           segment_tokens: int,
+           *,
+           take: int = 10**6,
+           top: int = 0,
+           stop: list[str] | None = None,
+           place: Place = Place()):
     async def run():
         await target.begin_batch(RequestConfig(temperature=1.0, stop=stop), top_logprobs=top)
         segments = []

@@ -59,6 +59,7 @@ def test_a_tree_that_is_cancelled_while_it_waits_leaves_no_trace():
     async def batch() -> int:
         admission = Admission(ranks=1, kv_tokens=10)
         async with admission.place(lambda: 10):
+
             async def wait() -> None:
                 async with admission.place(lambda: 10):
                     raise AssertionError('no room')

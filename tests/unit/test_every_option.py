@@ -47,8 +47,12 @@ TREE_FIELDS: dict[str, tuple[dict[str, Any], Any]] = {
         'budget_tokens': 200
     }, 90),
     'fallback': ({}, 'random_token'),
-    'fallback_candidates': ({'max_depth': 3}, 'any'),
-    'fallback_window': ({'fallback': 'random_token'}, 1),
+    'fallback_candidates': ({
+        'max_depth': 3
+    }, 'any'),
+    'fallback_window': ({
+        'fallback': 'random_token'
+    }, 1),
     'fallback_block': ({
         'fallback': 'random_block'
     }, 3),

@@ -43,8 +43,6 @@ class Run:
     """Input tokens that were not found in the prefix cache, by vLLM's counters."""
     prefix_hit_rate: float
     preemptions: int
-    scheduler_cpu_seconds: float
-    """Of our own scheduler; 0 where there is none."""
     peak_rss_mib: float
     """Of this process, which runs the scheduler and vLLM's front end."""
     peak_kv_usage: float
@@ -52,8 +50,12 @@ class Run:
     tail_seconds: float
     """At the end, with less than half as many running sequences as at the peak."""
     lengths: tuple[int, ...]
+    scheduler_cpu_seconds: float = 0.0
+    """Of our own scheduler; only of trees, as the next three."""
+    evicted_tokens: int = 0
+    """Of prefixes that were computed before and had to be computed again."""
     depths: tuple[int, ...] = ()
-    """Depth of every trajectory; only of trees."""
+    """Depth of every trajectory."""
     fallback_depths: tuple[int, ...] = ()
     """Of those that fallback started."""
 
@@ -65,7 +67,7 @@ class Bench:
         self._engine = engine
         self._workload = workload
         self._temperature = temperature
-        self._requests_sent = 0
+        self._requests_sent, self._example_tokens = 0, 0
         if workload.kind != 'natural':
             ignore_eos(engine)
         self._segments = VllmSegmentEngine(engine)
@@ -158,6 +160,7 @@ class Bench:
             decoded_tokens=sum(s['decoded_tokens'] for s in stats),
             requests=sum(s['engine_requests'] for s in stats),
             scheduler_cpu_seconds=reports[0]['batch']['scheduler_cpu_seconds'],
+            evicted_tokens=sum(s['evicted_tokens'] for s in stats),
             depths=tuple(report['depth'] for report in reports),
             fallback_depths=tuple(report['depth'] for report in reports if report['fallback_from'] is not None))
 
@@ -168,8 +171,7 @@ class Bench:
         config = self._request_config(self._workload.config.segment_length)
         self._requests_sent, self._example_tokens = 0, 0
         async with self._measured() as seen:
-            outputs = await self._example.async_infer(
-                self._requests(1) * self._workload.width, config, use_tqdm=False)
+            outputs = await self._example.async_infer(self._requests(1) * self._workload.width, config, use_tqdm=False)
         lengths = tuple(sum(map(len, output.response_token_ids)) for output in outputs)
         return seen.run(lengths=lengths, decoded_tokens=self._example_tokens, requests=self._requests_sent)
 
@@ -211,7 +213,6 @@ class _Seen:
     peak_kv_usage: float = 0.0
     running: list[tuple[float, float]] = field(default_factory=list)
     """When how many sequences ran."""
-
     async def watch(self) -> None:
         import psutil
         from vllm.v1.metrics.reader import get_metrics_snapshot
@@ -229,9 +230,8 @@ class _Seen:
         half = max(count for _, count in self.running) / 2
         return max(self.seconds - max(when for when, count in self.running if count >= half), 0.0)
 
-    def run(self, *, lengths: tuple[int, ...], decoded_tokens: int, requests: int,
-            scheduler_cpu_seconds: float = 0.0, depths: tuple[int, ...] = (),
-            fallback_depths: tuple[int, ...] = ()) -> Run:
+    def run(self, *, lengths: tuple[int, ...], decoded_tokens: int, requests: int, **of_trees: Any) -> Run:
+        """`of_trees`: fields of `Run` that only trees have."""
         counted = self.counted
         return Run(
             seconds=self.seconds,
@@ -241,13 +241,11 @@ class _Seen:
             prefilled_tokens=counted.prefix_queries - counted.prefix_hits,
             prefix_hit_rate=counted.prefix_hits / max(counted.prefix_queries, 1),
             preemptions=counted.preemptions,
-            scheduler_cpu_seconds=scheduler_cpu_seconds,
             peak_rss_mib=self.peak_rss_mib,
             peak_kv_usage=self.peak_kv_usage,
             tail_seconds=self.tail_seconds(),
             lengths=lengths,
-            depths=depths,
-            fallback_depths=fallback_depths)
+            **of_trees)
 
 
 def open_engine(rollout_args: Sequence[str]) -> GRPOVllmEngine:
@@ -325,6 +323,7 @@ def _summary(runs: list[Run]) -> dict[str, Any]:
         'prefilled_tokens_per_trajectory': mid(lambda r: r.prefilled_tokens / count),
         'requests_per_trajectory': mid(lambda r: r.requests / count),
         'prefix_hit_rate': mid(lambda r: r.prefix_hit_rate),
+        'evicted_tokens_per_trajectory': mid(lambda r: r.evicted_tokens / count),
         'preemptions': mid(lambda r: r.preemptions),
         'scheduler_cpu_share': mid(lambda r: r.scheduler_cpu_seconds / r.seconds),
         'peak_rss_mib': max(r.peak_rss_mib for r in runs),

@@ -3,9 +3,12 @@ from __future__ import annotations
 
 import asyncio
 import cProfile
+import json
 import pstats
+import string
 import time
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any, AsyncGenerator, Sequence
 
@@ -13,16 +16,19 @@ import numpy as np
 
 from ..config import TreeConfig
 from ..engine import EngineInfo, Place, Prompt
-from ..packing import PackedOutputs
+from ..outputs import RolloutFailure
+from ..packing import unpack
 from ..search import Segment
 from ..transport import RequestNote
 
 POOL = 1 << 20
 """Random tokens and log-probs that segments are cut from."""
+VOCABULARY = 26**3
+"""Tokens, each of which is a word of three letters and a blank."""
 
 
 class FreeEngine:
-    """A `SegmentEngine` that answers at the next turn of the event loop. Tokens are letters."""
+    """A `SegmentEngine` that answers at the next turn of the event loop, with random words."""
 
     stop_strings: list[str] = []
 
@@ -30,12 +36,13 @@ class FreeEngine:
         self.info = EngineInfo('none', max_model_len, block_size=16)
         self.segments = 0
         dice = np.random.default_rng(0)
-        self._tokens = dice.integers(97, 123, POOL)
-        self._logprobs = -dice.random(POOL)
+        self._tokens = dice.integers(0, VOCABULARY, POOL)
+        self._logprobs = -dice.random(POOL, np.float32)
+        self._words = [''.join(letters) + ' ' for letters in product(string.ascii_lowercase, repeat=3)]
         self._next = 0
 
     async def encode(self, request: Any) -> Prompt:
-        return Prompt(list(request.messages[-1]['content'].encode()), {})
+        return Prompt([0] * len(request.messages[-1]['content'].split()), {})
 
     async def begin_batch(self, request_config: Any, *, top_logprobs: int = 0) -> None:
         pass
@@ -55,7 +62,7 @@ class FreeEngine:
         return None
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return bytes(token_ids).decode()
+        return ''.join(map(self._words.__getitem__, token_ids))
 
     def completion(self, prompt: Prompt, response_ids: list[int]) -> str:
         return self.decode(response_ids)
@@ -71,31 +78,59 @@ class _Tokenizer:
 
 
 def measure(config: TreeConfig, *, prompts: int, width: int) -> dict[str, Any]:
-    """One rollout of `prompts` x `width`, its outputs included."""
-    seconds, engine, peak = _rollout(config, prompts, width)
+    """One rollout of `prompts` x `width`, its packed outputs included."""
+    import resource
+    started = time.process_time()
+    engine, _ = rollout(config, prompts, width, packed=True)
+    seconds = time.process_time() - started
     return {
         'trajectories': prompts * width,
         'segments': engine.segments,
         'CPU s': round(seconds, 2),
         'segments/s': round(engine.segments / seconds),
-        'peak RSS MiB': round(peak),
+        'peak RSS MiB': round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
+
+
+def payload(config: TreeConfig, *, width: int, prompt_words: int = 200) -> list[dict[str, Any]]:
+    """What a trajectory weighs on its way from the rollout server to the trainer, as swift sends it and packed.
+
+    The CPU time is that of both ends: swift's server walks over the answer and writes it as JSON, the client reads it.
+    """
+    from fastapi.encoders import jsonable_encoder
+    from swift.infer_engine.protocol import RolloutOutput
+    rows = []
+    for packed in (False, True):
+        _, outputs = rollout(config, 1, width, packed=packed, prompt_words=prompt_words)
+        started = time.process_time()
+        body = json.dumps(jsonable_encoder(list(outputs)), ensure_ascii=False, separators=(',', ':')).encode()
+        answer = json.loads(body)
+        for item in unpack(answer[0])[0] if packed else answer:
+            RolloutOutput.model_validate(item)
+        seconds = time.process_time() - started
+        rows.append({
+            'answer': 'packed' if packed else 'as swift sends it',
+            'bytes/trajectory': round(len(body) / width),
+            'bytes/token': round(len(body) / width / config.max_response_tokens, 1),
+            'CPU ms/trajectory': round(1000 * seconds / width, 2),
+        })
+    return rows
 
 
 def profile(config: TreeConfig, *, prompts: int, width: int) -> list[dict[str, Any]]:
     """Where the CPU time of such a rollout goes, by source file. Profiling itself slows small functions down."""
     profiler = cProfile.Profile()
     profiler.enable()
-    _rollout(config, prompts, width)
+    rollout(config, prompts, width, packed=True)
     profiler.disable()
     spent: Counter[str] = Counter()
-    for (file, _, function), (_, _, own, _, _) in pstats.Stats(profiler).stats.items():
-        spent[_place(file, function)] += own
+    for (file, _, _), (_, _, own, _, _) in pstats.Stats(profiler).stats.items():
+        spent[_place(file)] += own
     total = sum(spent.values())
     return [{'where': name, 'share': f'{own / total:.0%}'} for name, own in spent.most_common() if own >= 0.01 * total]
 
 
-def _place(file: str, function: str) -> str:
+def _place(file: str) -> str:
     if file == __file__:
         return 'the free engine'
     path = Path(file)
@@ -105,26 +140,30 @@ def _place(file: str, function: str) -> str:
     return 'built-in functions' if file == '~' else path.name
 
 
-def _rollout(config: TreeConfig, prompts: int, width: int) -> tuple[float, FreeEngine, float]:
-    import resource
-
+def rollout(config: TreeConfig,
+            prompts: int,
+            width: int,
+            *,
+            packed: bool,
+            prompt_words: int = 2) -> tuple[FreeEngine, Any]:
+    """A whole rollout, and what `async_infer` returned."""
     from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest
 
     from ..scheduler import TreeRolloutScheduler
-    note = RequestNote(config=config.to_note(), packed=True).to_dict()
+    note = RequestNote(config=config.to_note(), packed=packed).to_dict()
     requests = [
         RolloutInferRequest(
             messages=[{
                 'role': 'user',
-                'content': f'prompt {index}'
-            }], uuid=f'{index}-{copy}', data_dict={'treepo': note}) for index in range(prompts) for copy in range(width)
+                'content': ' '.join(['word'] * (prompt_words - 1) + [str(index)])
+            }],
+            uuid=f'{index}-{copy}',
+            data_dict={'treepo': note}) for index in range(prompts) for copy in range(width)
     ]
-    engine = FreeEngine(config.max_response_tokens + 100)
+    engine = FreeEngine(config.max_response_tokens + prompt_words)
     scheduler = TreeRolloutScheduler(segment_engine=engine, tokenizer=_Tokenizer())
-    started = time.process_time()
-    packed = asyncio.run(
-        scheduler.async_infer(requests, RequestConfig(max_tokens=config.max_response_tokens), use_tqdm=None))
-    seconds = time.process_time() - started
-    if not isinstance(packed, PackedOutputs):
-        raise RuntimeError(f'the rollout failed: {packed.message}')
-    return seconds, engine, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    request_config = RequestConfig(max_tokens=config.max_response_tokens)
+    outputs = asyncio.run(scheduler.async_infer(requests, request_config, use_tqdm=prompts > 1000))
+    if isinstance(outputs, RolloutFailure):
+        raise RuntimeError(f'the rollout failed: {outputs.message}')
+    return engine, outputs

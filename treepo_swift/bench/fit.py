@@ -63,6 +63,10 @@ class _Fit:
             started = time.process_time()
             await self._batch(self._max_sequences, 32, 1)
             request_seconds = (time.process_time() - started) / self._max_sequences
+            tokens = sizes[-1] * STEPS
+            started = time.process_time()
+            await self._batch(sizes[-1], 32, STEPS)
+            token_seconds = max((time.process_time() - started - sizes[-1] * request_seconds) / tokens, 0.0)
             bar.update()
         predicted = rows @ costs
         model = EngineModel(
@@ -75,6 +79,7 @@ class _Fit:
             block_size=info.block_size,
             event_seconds=event_seconds,
             request_seconds=request_seconds,
+            token_seconds=token_seconds,
             hardware=hardware())
         return model, float(np.mean(np.abs(predicted / np.array(steps) - 1)))
 

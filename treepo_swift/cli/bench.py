@@ -16,12 +16,12 @@ from ..lengths import LengthDistribution
 EPILOG = '''Rows of the table that may need a word:
   of bound   the speed-up over what the saved tokens allow; above 1 where swift's own path costs more for a token
   prefilled  input tokens that were not in the prefix cache
+  evicted    those of them that had been there
   tail       share of the time, at its end, with less than half of the most running sequences
   scheduler CPU  of the rollout's time, spent in the scheduler on the event loop
 Everything after -- goes to the engine, as `swift rollout` takes it:
   treepo-swift bench --prompts 12 --width 16 -- --model Qwen/Qwen2.5-1.5B-Instruct --vllm_max_model_len 8192
 The tree's shape comes from TREEPO_CONFIG and TREEPO_* variables, as everywhere.'''
-
 
 PROFILED_PROMPTS = 100
 
@@ -68,9 +68,14 @@ def run(args: argparse.Namespace) -> int:
 def _fake(args: argparse.Namespace) -> int:
     from ..bench import fake
     config = _workload(args).config
-    found = fake.measure(config, prompts=args.prompts, width=args.width)
-    print(table([found]))
-    print(table(fake.profile(config, prompts=min(args.prompts, PROFILED_PROMPTS), width=args.width)))
+    # Imports and warm-up are not what is asked for.
+    fake.rollout(config, 1, args.width, packed=True)
+    found = {
+        'scheduler': fake.measure(config, prompts=args.prompts, width=args.width),
+        'profile': fake.profile(config, prompts=min(args.prompts, PROFILED_PROMPTS), width=args.width),
+        'payload': fake.payload(config, width=args.width),
+    }
+    print(f'{table([found["scheduler"]])}\n\n{table(found["profile"])}\n\n{table(found["payload"])}')
     _write(args.json, found)
     return 0
 
@@ -135,7 +140,7 @@ def _row(mode: str, summary: dict[str, Any]) -> dict[str, Any]:
         'of bound': f'{summary["speed_up_of_bound"]:.2f}' if 'speed_up' in summary else '',
         'decoded tokens/s': f'{summary["decoded_tokens_per_second"]:.0f}',
     }
-    for name in ('trajectory_tokens', 'decoded_tokens', 'prefilled_tokens', 'requests'):
+    for name in ('trajectory_tokens', 'decoded_tokens', 'prefilled_tokens', 'evicted_tokens', 'requests'):
         row[f'{name.replace("_", " ")}/trajectory'] = f'{summary[f"{name}_per_trajectory"]:.1f}'
     row['prefix hits'] = f'{summary["prefix_hit_rate"]:.0%}'
     row['preemptions'] = f'{summary["preemptions"]:.0f}'

@@ -2,14 +2,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Sequence
+from functools import lru_cache
+from typing import Any, Iterable, Sequence
 
 from ..config import ConfigError, TreeConfig
-from ..tree import StopReason
+from ..tree import Path, StopReason
 from .answers import NeverDetector, answer_detectors, has_boxed_answer
 from .repetition import RepetitionDetector, RepetitionState, has_repetition
 
-__all__ = ['TextChecker', 'TextState', 'check_text', 'first_stop_string', 'has_boxed_answer', 'has_repetition']
+__all__ = [
+    'TextChecker', 'TextState', 'check_text', 'first_reason', 'first_stop_string', 'has_boxed_answer', 'has_repetition',
+    'text_verdict'
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +64,23 @@ class TextChecker:
         answer = self.answers.feed(state.answer_state, text)
         repetition = self.repetitions.feed(state.repetition_state, text) if self.repetitions else None
         return TextState(answer, repetition)
+
+
+@lru_cache(maxsize=8)
+def _ranks(stop_order: tuple[str, ...]) -> dict[StopReason, int]:
+    return {reason: rank for rank, reason in enumerate(dict.fromkeys([*map(StopReason, stop_order), *StopReason]))}
+
+
+def first_reason(reasons: Iterable[StopReason], config: TreeConfig) -> StopReason | None:
+    """The one that counts of several stop reasons that hold at once, None where there is none."""
+    return min(reasons, key=_ranks(config.stop_order).__getitem__, default=None)
+
+
+def text_verdict(state: TextState, path: Path, config: TreeConfig) -> StopReason | None:
+    """Why a path should stop by what its text checks know, None where it should not."""
+    answered = state.answer and (path.stop is StopReason.EOS or not config.answer_needs_eos)
+    reasons = ([StopReason.ANSWER] if answered else []) + ([StopReason.REPETITION] if state.repetition else [])
+    return first_reason(reasons, config)
 
 
 def check_text(text: str, config: TreeConfig) -> StopReason | None:

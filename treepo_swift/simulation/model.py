@@ -34,6 +34,8 @@ class EngineModel:
     """CPU time of the server's event loop for a segment that comes back."""
     request_seconds: float = 0.0
     """CPU time of the server's event loop for an engine request, the engine's own Python there included."""
+    token_seconds: float = 0.0
+    """CPU time of the server's event loop for a sampled token: the engine's own Python there."""
     hardware: str = ''
     """What was measured."""
     def __post_init__(self) -> None:

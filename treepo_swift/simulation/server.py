@@ -83,7 +83,9 @@ class SimulatedServer:
     @property
     def event_loop_utilisation(self) -> float:
         """CPU time of the event loop as a share of the engines' time; it may be above 1."""
-        cpu = self.segments * self._model.event_seconds + self.requests * self._model.request_seconds
+        cpu = (
+            self.segments * self._model.event_seconds + self.requests * self._model.request_seconds +
+            self.decoded_tokens * self._model.token_seconds)
         return cpu / self.seconds
 
     @property
