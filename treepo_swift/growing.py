@@ -150,6 +150,8 @@ class TreeGrower:
         except HookError as e:
             self._fail(request, e)
             return True
+        if path_id not in self._growing:
+            return True  # The tree gave up while a hook was asked; `wait_for` may swallow the cancellation.
         with self._clock:
             requests = search.settle(path_id, stop)
             if stop is not None:
@@ -169,6 +171,7 @@ class TreeGrower:
 
     def _fail(self, request: SegmentRequest, error: Exception) -> None:
         self._warn(f'{type(error).__name__}: {error}')
-        del self._growing[request.path_id]
+        if self._growing.pop(request.path_id, None) is None:
+            return
         with self._clock:
             self._go_on(self.search.fail(request.path_id, str(error)))

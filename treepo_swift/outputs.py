@@ -71,17 +71,26 @@ class OutputWriter:
         content = self._engine.completion(prompt, ids) if ids else ''
         return ChatCompletionResponseChoice(0, ChatMessage('assistant', content), stop.finish_reason)
 
-    def trajectory(self, request: RolloutInferRequest, prompt: Prompt, tree: Tree, index: int, *,
-                   with_report: bool) -> RolloutOutput:
-        """The output of trajectory `index`; without a report it trains as plain GRPO does."""
+    def tree(self, requests: Sequence[RolloutInferRequest], prompt: Prompt, tree: Tree, *,
+             with_report: bool) -> list[RolloutOutput]:
+        """An output for each of a tree's requests; without a report they train as plain GRPO does."""
+        # The template's response prefix goes first, masked; it is the same for all, and sampled ids stay as they are.
+        choice = ChatCompletionResponseChoice(0, ChatMessage('assistant', ''), 'stop')
+        prefix = self._mask(requests[0], choice, response_token_ids=[])
+        return [
+            self._trajectory(request, prompt, tree, index, prefix, with_report)
+            for index, request in enumerate(requests)
+        ]
+
+    def _trajectory(self, request: RolloutInferRequest, prompt: Prompt, tree: Tree, index: int,
+                    prefix: tuple[list[int], list[int]], with_report: bool) -> RolloutOutput:
         path = tree.trajectories[index]
         ids, logprobs = response_ids(path.leaf), response_logprobs(path.leaf)
         choice = self.choice(prompt, ids, path.stop)
         if path.stop.is_placeholder:
             ids, mask = [self._filler_token], [0]
         else:
-            # Adds the template's response prefix, masked; the sampled ids stay as they are.
-            ids, mask = self._mask(request, choice, response_token_ids=ids)
+            ids, mask = prefix[0] + ids, prefix[1] + [1] * len(ids)
         infos: dict[str, Any] = {'num_turns': 1}
         if with_report:
             infos[REPORT_KEY] = tree_report(tree, index)

@@ -217,6 +217,7 @@ class TreeRolloutScheduler(MultiTurnScheduler):
                 videos=r.videos,
                 tools=r.tools,
                 objects=r.objects,
+                template=r.chat_template_kwargs,
                 data=r.data_dict) for r in requests
         ]
         sizes = [1 if note.mode == 'independent' else note.num_generations for note in notes]
@@ -260,6 +261,7 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         sharing = Rendezvous(sum(tree.shares_budget for tree in trees))
         admission = Admission(ranks=self._engine.info.ranks, kv_tokens=self._engine.info.kv_tokens)
         failures: Counter[str] = Counter()
+        writer = self._writer
 
         async def grow(tree: _Planted) -> None:
             grower = TreeGrower(
@@ -277,7 +279,13 @@ class TreeRolloutScheduler(MultiTurnScheduler):
                 await grower.run(place, sharing if tree.shares_budget else None)
             with self._clock:
                 failures.update(p.error for p in tree.search.tree.trajectories if p.stop is StopReason.FAILED)
-                outputs.add(tree.group.members, self._outputs(requests, tree))
+                members = tree.group.members
+                outputs.add(
+                    members,
+                    writer.tree([requests[position] for position in members],
+                                tree.prompt,
+                                tree.search.tree,
+                                with_report=tree.note.mode == 'tree'))
                 self._learn(tree)
 
         if self.config.tree_order == 'longest_first':
@@ -363,13 +371,6 @@ class TreeRolloutScheduler(MultiTurnScheduler):
     def _writer(self) -> OutputWriter:
         eos = self.tokenizer.eos_token_id
         return OutputWriter(self._engine, self.get_response_token_data, 0 if eos is None else eos)
-
-    def _outputs(self, requests: Sequence[RolloutInferRequest], tree: _Planted) -> list[RolloutOutput]:
-        return [
-            self._writer.trajectory(
-                requests[position], tree.prompt, tree.search.tree, index, with_report=tree.note.mode == 'tree')
-            for index, position in enumerate(tree.group.members)
-        ]
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

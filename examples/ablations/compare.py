@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 QUICKSTART = HERE.parent / 'quickstart'
 OUTPUT = HERE.parents[1] / 'output'
 sys.path.insert(0, str(QUICKSTART))
-from run import HELDOUT, START_TIMEOUT, accuracy, make_model, step  # noqa: E402
+from run import HELDOUT, START_TIMEOUT, accuracy, make_model, read_log, step  # noqa: E402
 from services import Service, ServiceFailed, free_port, guarded, offline_environment  # noqa: E402
 
 MAX_STEPS = 100_000
@@ -189,16 +189,10 @@ def follow(run: Run, label: str, server: Service, training: Service) -> None:
 
 def read_rows(path: Path) -> list[dict[str, float]]:
     """Reward and decoded tokens of each step in swift's log; 64 answers a step, as quickstart's train.sh says."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            row: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a line that is being written
-        if 'completions/mean_length' in row:
-            decoded = row.get('tree/decoded_tokens', 64 * float(row['completions/mean_length']))
-            rows.append({'reward': float(row['reward']), 'decoded': float(decoded)})
-    return rows
+    return [{
+        'reward': row['reward'],
+        'decoded': row.get('tree/decoded_tokens', 64 * row['completions/mean_length'])
+    } for row in read_log(path, having='completions/mean_length')]
 
 
 # Results.

@@ -107,15 +107,15 @@ def follow(log: Path, steps: int, checks: list[Callable[[], int | None]]) -> Non
             time.sleep(0.5)
 
 
-def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of swift's logging.jsonl that describe training steps, numbers as numbers."""
+def read_log(path: Path, having: str = 'tree/decoded_tokens') -> list[dict[str, float]]:
+    """The rows of swift's logging.jsonl that describe training steps, which have that key; numbers as numbers."""
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             row: dict[str, Any] = json.loads(line)
         except json.JSONDecodeError:
             continue  # a line that is being written
-        if 'tree/decoded_tokens' in row:
+        if having in row:
             rows.append({key: float(value) for key, value in row.items() if _is_number(value)})
     return rows
 

@@ -17,13 +17,10 @@ ENGINE = [
 
 @pytest.fixture
 def command(environment: dict[str, str], model: Path):
-    def run(*args: str,
-            engine: bool = True,
-            more_engine: tuple[str, ...] = (),
-            **env: str) -> subprocess.CompletedProcess:
+    def run(*args: str, engine: bool = True, **env: str) -> subprocess.CompletedProcess:
         return subprocess.run([
             sys.executable, '-m', 'treepo_swift.cli.main', *args,
-            *(['--', '--model', str(model), *ENGINE, *more_engine] if engine else [])
+            *(['--', '--model', str(model), *ENGINE] if engine else [])
         ],
                               capture_output=True,
                               text=True,
@@ -101,30 +98,6 @@ def test_answers_end_where_the_workload_says(command, tmp_path):
         TREEPO_MAX_DEPTH='4')
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(json.loads(found.read_text())['lengths']) <= {20, 50}
-
-
-def test_a_tree_stays_on_one_of_two_data_parallel_ranks(command, tmp_path):
-    """Forks on the other rank would not find their prefix there."""
-    found = tmp_path / 'bench.json'
-    done = command(
-        'bench',
-        '--prompts',
-        '4',
-        '--width',
-        '4',
-        '--repeats',
-        '1',
-        '--modes',
-        'stream,lockstep',
-        '--json',
-        str(found),
-        more_engine=('--vllm_data_parallel_size', '2'),
-        TREEPO_SEGMENT_LENGTH='32',
-        TREEPO_MAX_DEPTH='4')
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(found.read_text())
-    assert result['settings']['engine']['ranks'] == 2
-    assert [mode['evicted_tokens_per_trajectory'] for mode in result['modes'].values()] == [0, 0]
 
 
 @pytest.mark.parametrize('args, message', [

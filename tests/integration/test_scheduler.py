@@ -135,6 +135,14 @@ def test_data_of_the_dataset_keeps_groups_apart_and_reaches_nobody_else():
     assert ids[0] == ids[2] != ids[1] == ids[3]
 
 
+def test_a_template_option_of_a_sample_keeps_its_prompt_apart():
+    batch = requests('a', 'a', 'a', 'a')
+    for index, request in enumerate(batch):
+        request.chat_template_kwargs = {'enable_thinking': index % 2 == 0}
+    ids = [tree_of(o)['id'] for o in rollout(batch)]
+    assert ids[0] == ids[2] != ids[1] == ids[3]
+
+
 @given(st.text(max_size=12), st.integers(1, 5))
 @settings(max_examples=30, deadline=None)
 def test_stop_strings_that_span_segments_cut_the_path_where_plain_sampling_would(word, length):

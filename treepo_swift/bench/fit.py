@@ -44,28 +44,36 @@ class _Fit:
         await self._segments.begin_batch(RequestConfig(temperature=1.0))
         info = self._segments.info
         sizes = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n <= self._max_sequences]
-        contexts = [32, max(info.max_model_len - STEPS, 64) // 2]
-        fits = [(n, c) for n in sizes for c in contexts if not info.kv_tokens or n * (c + STEPS) < info.kv_tokens]
-        await self._batch(2, 32, STEPS)
-        with tqdm(total=len(fits) + 3, desc='measuring', dynamic_ncols=True) as bar:
-            # A step of n sequences whose contexts have c tokens in the mean: base + n * (x + c * y).
-            steps = []
-            for n, c in fits:
-                steps.append(await self._fastest(n, c, STEPS) / STEPS)
-                bar.update()
-            rows = np.array([[1, n, n * (c + STEPS / 2)] for n, c in fits], float)
-            costs = _least_squares(rows, np.array(steps))
-            # Prompts that are in no cache, at one token each.
-            lengths = [info.max_model_len // 8, info.max_model_len // 2]
-            seconds = [await self._fastest(1, length, 1, cached=False) for length in lengths]
-            bar.update()
-            prefill = max((seconds[1] - seconds[0]) / (lengths[1] - lengths[0]), 0.0)
+        # Whole KV blocks and a token: a prompt in the cache leaves that one to compute.
+        long = (info.max_model_len - STEPS) // 2 // info.block_size * info.block_size + 1
+        # What sequences share, a processor's caches may hold: both kinds of batches tell the two costs apart.
+        shapes = [(n, c, shared) for n in sizes for c, shared in ((1, False), (long, False), (long, True))
+                  if not info.kv_tokens or n * (c + STEPS) < info.kv_tokens]
+        lengths = [info.max_model_len // 8, info.max_model_len // 2]
+        await self._batch(2, long, STEPS)
+        with tqdm(total=REPEATS * (len(shapes) + len(lengths)) + 2, desc='measuring', dynamic_ncols=True) as bar:
+            seconds, prefills = np.full(len(shapes), np.inf), np.full(len(lengths), np.inf)
+            # The fastest of several rounds: what slows the machine down for a while seldom lasts for all of them.
+            for _ in range(REPEATS):
+                for index, (n, c, shared) in enumerate(shapes):
+                    seconds[index] = min(seconds[index], await self._batch(n, c, STEPS, shared=shared))
+                    bar.update()
+                # Prompts that are in no cache, at one token each.
+                for index, length in enumerate(lengths):
+                    prefills[index] = min(prefills[index], await self._batch(1, length, 1, cached=False))
+                    bar.update()
+            steps = seconds / STEPS
+            rows = np.array([[1, n, n * (c + STEPS / 2), c * (1 if shared else n) + n * STEPS / 2]
+                             for n, c, shared in shapes], float)
+            costs = _least_squares(rows, steps)
+            prefill = max((prefills[1] - prefills[0]) / (lengths[1] - lengths[0]), 0.0)
             started = time.process_time()
-            await self._batch(self._max_sequences, 32, 1)
+            await self._batch(self._max_sequences, 32, 1, cached=False)
             request_seconds = (time.process_time() - started) / self._max_sequences
+            bar.update()
             tokens = sizes[-1] * STEPS
             started = time.process_time()
-            await self._batch(sizes[-1], 32, STEPS)
+            await self._batch(sizes[-1], 32, STEPS, cached=False)
             token_seconds = max((time.process_time() - started - sizes[-1] * request_seconds) / tokens, 0.0)
             bar.update()
         predicted = rows @ costs
@@ -73,7 +81,8 @@ class _Fit:
             step_seconds=float(costs[0]),
             step_seconds_per_sequence=float(costs[1]),
             step_seconds_per_context_token=float(costs[2]),
-            prefill_seconds_per_token=prefill,
+            step_seconds_per_kv_token=float(costs[3]),
+            prefill_seconds_per_token=float(prefill),
             max_sequences=self._max_sequences,
             kv_tokens=info.kv_tokens,
             block_size=info.block_size,
@@ -81,18 +90,21 @@ class _Fit:
             request_seconds=request_seconds,
             token_seconds=token_seconds,
             hardware=hardware())
-        return model, float(np.mean(np.abs(predicted / np.array(steps) - 1)))
+        return model, float(np.mean(np.abs(predicted / steps - 1)))
 
-    async def _fastest(self, sequences: int, context: int, steps: int, *, cached: bool = True) -> float:
-        return min([await self._batch(sequences, context, steps, cached=cached) for _ in range(REPEATS)])
+    async def _batch(self, sequences: int, context: int, steps: int, *, cached: bool = True,
+                     shared: bool = False) -> float:
+        """Seconds for so many sequences to decode `steps` tokens each, after prompts of `context` tokens.
 
-    async def _batch(self, sequences: int, context: int, steps: int, *, cached: bool = True) -> float:
-        """Seconds for so many sequences, of a prompt with `context` tokens, to decode `steps` tokens each."""
-        prompt = Prompt(self._dice.choices(self._vocabulary, k=context), {})
+        `cached`: the prompts are in the KV cache before the clock starts; `shared`: they are one and the same.
+        """
+        prompts = [Prompt(self._dice.choices(self._vocabulary, k=context), {}) for _ in range(sequences)]
+        if shared:
+            prompts = prompts[:1] * sequences
         if cached:
-            await self._decode(prompt, 1)
+            await asyncio.gather(*(self._decode(prompt, 1) for prompt in prompts))
         started = time.perf_counter()
-        await asyncio.gather(*(self._decode(prompt, steps) for _ in range(sequences)))
+        await asyncio.gather(*(self._decode(prompt, steps) for prompt in prompts))
         return time.perf_counter() - started
 
     async def _decode(self, prompt: Prompt, steps: int) -> None:

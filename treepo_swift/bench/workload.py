@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, AsyncGenerator, Sequence
 
@@ -80,16 +81,14 @@ class EndingEngine:
         length = self._lengths.draw(self._rng, longer_than=len(response_ids))
         left = length - len(response_ids)
         ends_here = left <= max_tokens and length < self._limit
-        async for segment in self._engine.generate(
-                prompt,
-                response_ids,
-                max_tokens=min(max_tokens, left),
-                segment_tokens=segment_tokens,
-                seed=seed,
-                place=place):
-            left -= len(segment.token_ids)
-            if left or not ends_here:
-                yield segment
-            else:
-                yield Segment(segment.token_ids, segment.logprobs, StopReason.EOS, segment.entropies,
-                              segment.cached_tokens, segment.ahead)
+        inner = self._engine.generate(
+            prompt,
+            response_ids,
+            max_tokens=min(max_tokens, left),
+            segment_tokens=segment_tokens,
+            seed=seed,
+            place=place)
+        async with aclosing(inner) as segments:
+            async for segment in segments:
+                left -= len(segment.token_ids)
+                yield segment if left or not ends_here else replace(segment, stop=StopReason.EOS)

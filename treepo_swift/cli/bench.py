@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         if args.fit:
             return _fit(args)
         return _engine(args)
-    except ValueError as e:
+    except (OSError, ValueError) as e:
         print(f'treepo-swift bench: {e}', file=sys.stderr)
         return 1
 

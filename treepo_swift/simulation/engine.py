@@ -138,7 +138,11 @@ class SimulatedEngine:
     def _seconds(self, steps: int) -> float:
         running = len(self._running)
         return self.model.seconds(
-            steps, sequences=running, context=self._contexts + running * self._step, prefill=self._prefill)
+            steps,
+            sequences=running,
+            context=self._contexts + running * self._step,
+            kv=self.kv_tokens,
+            prefill=self._prefill)
 
     def _queue_arrived(self) -> None:
         for request in self._arrived:

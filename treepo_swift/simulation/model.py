@@ -15,7 +15,8 @@ class EngineModel:
 
     A step samples one token for each of its n running sequences and computes p prompt tokens that were not cached:
     ``step_seconds + step_seconds_per_sequence * n + step_seconds_per_context_token * context +
-    prefill_seconds_per_token * p``, where context is the sum of the tokens that the n sequences attend to.
+    step_seconds_per_kv_token * kv + prefill_seconds_per_token * p``, where context is the sum of the tokens that the n
+    sequences attend to, and kv the same with those that several sequences share counted once.
     """
 
     step_seconds: float
@@ -24,6 +25,8 @@ class EngineModel:
     step_seconds_per_context_token: float
     """Attention; 0 where it does not show."""
     prefill_seconds_per_token: float
+    step_seconds_per_kv_token: float = 0.0
+    """Attention, the part of it that shared tokens cost once: reading them into the processor's caches."""
     max_sequences: int = 256
     """Most sequences of a batch (vLLM's max_num_seqs)."""
     kv_tokens: int = 0
@@ -69,16 +72,18 @@ class EngineModel:
     def to_json(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + '\n')
 
-    def seconds(self, steps: int, *, sequences: int, context: int, prefill: int = 0) -> float:
+    def seconds(self, steps: int, *, sequences: int, context: int, kv: int = 0, prefill: int = 0) -> float:
         """Time of `steps` steps with the same sequences.
 
         Args:
             context: tokens of all sequences together before the first step; each step adds one a sequence.
+            kv: the same with shared ones counted once.
             prefill: tokens that are computed in the first step.
         """
-        contexts = steps * context + sequences * (steps * (steps - 1) // 2)
+        sampled = sequences * (steps * (steps - 1) // 2)
         return (steps * (self.step_seconds + self.step_seconds_per_sequence * sequences) +
-                self.step_seconds_per_context_token * contexts + self.prefill_seconds_per_token * prefill)
+                self.step_seconds_per_context_token * (steps * context + sampled) +
+                self.step_seconds_per_kv_token * (steps * kv + sampled) + self.prefill_seconds_per_token * prefill)
 
 
 _POSITIVE = ('step_seconds', 'max_sequences', 'block_size')

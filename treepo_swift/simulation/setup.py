@@ -33,6 +33,10 @@ class Setup:
     """Engines take the requests of the oldest tree first, otherwise in the order in which they come."""
     admission: bool = True
     """A tree waits until its expected tokens fit the KV cache."""
+    max_sequences: int = 0
+    """As `EngineModel.max_sequences`, and the next two likewise, where an engine was started otherwise; 0: as there."""
+    kv_tokens: int = 0
+    block_size: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -41,8 +45,9 @@ class Setup:
         for name in ('prompts', 'width', 'prompt_tokens', 'servers', 'data_parallel'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 1.')
-        if self.max_tokens < 0:
-            raise ValueError(f'max_tokens={self.max_tokens}: must be at least 0.')
+        for name in ('max_tokens', 'max_sequences', 'kv_tokens', 'block_size'):
+            if getattr(self, name) < 0:
+                raise ValueError(f'{name}={getattr(self, name)}: must be at least 0.')
 
     @property
     def max_response(self) -> int:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from .model import EngineModel
 from .result import Result
@@ -15,6 +16,8 @@ def simulate(model: EngineModel, setup: Setup) -> Result:
     Raises:
         ValueError: the KV cache can not hold one response.
     """
+    own = {name: getattr(setup, name) for name in ('max_sequences', 'kv_tokens', 'block_size') if getattr(setup, name)}
+    model = replace(model, **own)
     longest = setup.prompt_tokens + setup.max_response
     if 0 < model.kv_tokens < longest:
         raise ValueError(f'kv_tokens={model.kv_tokens}: the KV cache must hold a prompt of {setup.prompt_tokens} and a '

@@ -44,6 +44,7 @@ def _measurements(file: str, values: Any, options: dict[str, Any]) -> list[Measu
     lengths = LengthDistribution.fixed(max_tokens)
     if _get(settings, 'workload', str) != 'fixed':
         lengths = LengthDistribution(_get(values, 'lengths', list))
+    engine = settings.get('engine', {'ranks': 1})
     setup = Setup(
         TreeConfig.from_dict(_get(settings, 'config', dict), where='settings.config'),
         'independent',
@@ -52,7 +53,10 @@ def _measurements(file: str, values: Any, options: dict[str, Any]) -> list[Measu
         prompt_tokens=round(_get(settings, 'prompt_tokens', (int, float))),
         lengths=lengths,
         max_tokens=max_tokens,
-        data_parallel=_get(settings.get('engine', {'ranks': 1}), 'ranks', int),
+        data_parallel=_get(engine, 'ranks', int),
+        max_sequences=engine.get('max_num_seqs', 0),
+        kv_tokens=engine.get('kv_tokens', 0),
+        block_size=engine.get('block_size', 0),
         **options)
     hardware = _get(values, 'hardware', str)
     return [
