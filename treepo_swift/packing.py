@@ -95,9 +95,19 @@ def _pack(outputs: Sequence[RolloutOutput]) -> dict[str, Any]:
         shared = [(other, _shared(rows[other], row) if other < index else 0)
                   for index, (other, row) in enumerate(zip(likest, rows))]
         own = np.concatenate([row[count:] for row, (_, count) in zip(rows, shared)])
-        values = base64.b64encode(zlib.compress(own.tobytes(), 1)).decode()
-        columns[name] = {'turns': turns, 'shared': shared, 'values': values}
+        columns[name] = {'turns': turns, 'shared': shared, 'values': _to_text(own)}
     return {'messages': common, 'outputs': rest, 'columns': columns}
+
+
+def _to_text(values: np.ndarray) -> str:
+    # Nothing is to be gained from the mantissas of floats.
+    data = values.tobytes() if values.dtype == np.float32 else zlib.compress(values.tobytes(), 1)
+    return base64.b64encode(data).decode()
+
+
+def _from_text(text: str, dtype: type) -> np.ndarray:
+    data = base64.b64decode(text)
+    return np.frombuffer(data if dtype is np.float32 else zlib.decompress(data), dtype)
 
 
 def _common_prefix(histories: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -128,7 +138,7 @@ def _unpack(tree: dict[str, Any]) -> list[dict[str, Any]]:
         output['messages'] = tree['messages'] + output.get('messages', [_answer(output)])
     for name, dtype in TYPES.items():
         column = tree['columns'][name]
-        values = np.frombuffer(zlib.decompress(base64.b64decode(column['values'])), dtype)
+        values = _from_text(column['values'], dtype)
         rows: list[np.ndarray] = []
         begin = 0
         for output, turns, (other, count) in zip(outputs, column['turns'], column['shared'], strict=True):

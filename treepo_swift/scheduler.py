@@ -306,8 +306,9 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         """KV tokens to set aside for a tree; 0 where it must not wait for others to end."""
         if tree.search.width == 1 or tree.shares_budget:
             return 0
-        first_segments = tree.search.width * self.config.segment_length
-        decoded = self._forecast.decoded_tokens(unknown=first_segments)
+        # Before any tree is done: answers of half the length that they may have.
+        longest = min(tree.search.limits.max_response, self.config.max_response_tokens)
+        decoded = self._forecast.decoded_tokens(unknown=tree.search.width * longest // 2)
         return len(tree.prompt.token_ids) + round(KV_SHARE * decoded)
 
     def _counted_since(self, before: EngineCounters | None) -> dict[str, int]:

@@ -119,6 +119,8 @@ class TreeSearch:
         self.tree = Tree(tree_id, prompt_ids)
         self.waiting = False
         """Whether a boundary waits for `resume` to share the budget out."""
+        self._max_length = min(limits.max_response, limits.max_context - len(prompt_ids))
+        """Tokens of the longest response."""
         self._rng = rng
         self._seed = rng.getrandbits(64)
         self._context = BranchContext(config, rng, progress)
@@ -151,8 +153,7 @@ class TreeSearch:
         if self._started:
             raise RuntimeError(f'Tree {self.tree.id} was started before.')
         self._started = True
-        room = self.limits.max_context - len(self.tree.prompt_ids)
-        if room < 1:
+        if self._max_length < 1:
             self.give_up(f'the prompt has {len(self.tree.prompt_ids)} tokens and the engine takes '
                          f'{self.limits.max_context} in all, so that no room is left for a response')
             return []
@@ -182,7 +183,10 @@ class TreeSearch:
         fallback looks for, whether or not EOS follows it.
         """
         path = self._paths[path_id]
-        return first_reason({path.stop, verdict, *self._limits_reached(path.leaf)} - {None}, self.config)
+        reached = self._limits_reached(path.leaf)
+        if not reached and path.stop is None and verdict is None:
+            return None
+        return first_reason({path.stop, verdict, *reached} - {None}, self.config)
 
     def cut(self, path_id: int, count: int) -> None:
         """Keep only the first `count` tokens of a path's last segment."""
@@ -239,6 +243,8 @@ class TreeSearch:
         return self._rng.randint(*number) if isinstance(number, tuple) else number
 
     def _limits_reached(self, node: Node) -> list[StopReason]:
+        if node.length < self._max_length and node.depth < self.config.max_depth:
+            return []
         reached = []
         if node.length >= self.limits.max_response:
             reached.append(StopReason.TOKEN_LIMIT)
@@ -421,12 +427,12 @@ class TreeSearch:
             path.id = self._last_path
             self._paths[path.id] = path
         self._join(path.id, self._now)
-        prompt, used = len(self.tree.prompt_ids), path.leaf.length
-        room = min(self.limits.max_response, self.limits.max_context - prompt) - used
+        used = path.leaf.length
         to_depth_limit = (self.config.max_depth - path.leaf.depth) * limit if self._runs_on else limit
         self.tree.stats.engine_requests += 1
-        self.tree.stats.input_tokens += prompt + used
-        return SegmentRequest(path.id, path.leaf, min(to_depth_limit, room), limit, self._request_seed(path))
+        self.tree.stats.input_tokens += len(self.tree.prompt_ids) + used
+        most = min(to_depth_limit, self._max_length - used)
+        return SegmentRequest(path.id, path.leaf, most, limit, self._request_seed(path))
 
     def _request_seed(self, path: Path) -> int:
         """Of the path and its depth alone, so that no schedule changes what the tree's generator draws."""

@@ -617,10 +617,10 @@ def test_the_longest_trees_start_first_where_asked():
 
 def test_trees_wait_for_room_in_the_kv_cache_and_stay_on_their_rank():
     engine = FakeEngine()
-    engine.info = dataclasses.replace(engine.info, ranks=2, kv_tokens=40)
+    engine.info = dataclasses.replace(engine.info, ranks=2, kv_tokens=80)
     config = dataclasses.replace(CONFIG, answer='none', stop_at_repetition=False)
     outputs = rollout(requests(*'aaaabbbbccccdddd', config=config), scheduler(engine))
-    # A prompt and half of 4 x 16 tokens are set aside for a tree: one fits a rank at a time.
+    # A prompt and half of 4 x 32 tokens are set aside for a tree: one fits a rank at a time.
     assert engine.peak <= 8 and len(outputs) == 16
     ranks = {}
     for place in engine.places:

@@ -28,12 +28,15 @@ VOCABULARY = 26**3
 
 
 class FreeEngine:
-    """A `SegmentEngine` that answers at the next turn of the event loop, with random words."""
+    """A `SegmentEngine` that answers at the next turn of the event loop, with random words.
+
+    It has the KV cache of eight GPUs, so that not all trees of a large batch grow at once.
+    """
 
     stop_strings: list[str] = []
 
     def __init__(self, max_model_len: int) -> None:
-        self.info = EngineInfo('none', max_model_len, block_size=16)
+        self.info = EngineInfo('none', max_model_len, block_size=16, ranks=8, kv_tokens=1_000_000)
         self.segments = 0
         dice = np.random.default_rng(0)
         self._tokens = dice.integers(0, VOCABULARY, POOL)
