@@ -75,12 +75,17 @@ engines = st.fixed_dictionaries({
 
 @given(st.integers(1, 30), st.integers(1, 5), st.integers(1, 50), st.integers(0, 9))
 def test_many_steps_take_as_long_as_one_after_the_other(steps, sequences, context, prefill):
-    costly = model(**COSTLY)
+    costly = model(step_seconds_per_kv_token=2**-9, **COSTLY)
     single = [
-        costly.seconds(1, sequences=sequences, context=context + i * sequences, prefill=0 if i else prefill)
-        for i in range(steps)
+        costly.seconds(
+            1,
+            sequences=sequences,
+            context=2 * context + i * sequences,
+            kv=context + i * sequences,
+            prefill=0 if i else prefill) for i in range(steps)
     ]
-    assert costly.seconds(steps, sequences=sequences, context=context, prefill=prefill) == sum(single)
+    whole = costly.seconds(steps, sequences=sequences, context=2 * context, kv=context, prefill=prefill)
+    assert whole == sum(single)
 
 
 def test_an_engine_model_survives_its_file(tmp_path):
@@ -130,6 +135,17 @@ def test_one_sequence_segment_by_segment_computes_the_end_of_its_prefix_again():
     # Prefixes of 14, 22 and 30 tokens after 12, 20 and 28 in whole blocks.
     assert done.prefill_tokens == 6 + 3 * 2
     assert done.seconds == 32 * (1 + 2**-5) + 2**-10 * sum(range(6, 38)) + 2**-6 * 12
+
+
+def test_what_sequences_share_is_read_once():
+    done = simulate(model(step_seconds_per_kv_token=2**-10), setup('independent', prompts=2, width=3))
+    # Two prompts of 6, and the tokens of six answers.
+    assert done.seconds == 32 + 2**-10 * sum(2 * 6 + 6 * i for i in range(32))
+
+
+def test_an_engine_may_be_started_otherwise_than_the_one_that_was_measured():
+    limits = dict(max_sequences=2, kv_tokens=69, block_size=2)
+    assert simulate(model(**COSTLY), setup(**limits)) == simulate(model(**limits, **COSTLY), setup())
 
 
 def test_independent_sampling_of_equal_sequences():
@@ -417,12 +433,14 @@ def test_sweeps_read_config_and_lengths(tmp_path):
 
 def test_predictions_stand_beside_measurements(tmp_path, capsys):
     fixed = bench_file(tmp_path, 'fixed', {'independent': 40.0, 'example': 9.0})
-    natural = bench_file(tmp_path, 'natural', {'stream': 20.0}, engine={'ranks': 2})
+    engine = {'ranks': 2, 'max_num_seqs': 3, 'kv_tokens': 100, 'block_size': 2}
+    natural = bench_file(tmp_path, 'natural', {'stream': 20.0}, engine=engine)
     assert command(tmp_path, '--validate', fixed, natural) == 0
     printed = capsys.readouterr().out
     assert '40.00' in printed and '32.00' in printed and '-20.0%' in printed and 'example' not in printed
     measured, = read_bench(natural)
-    assert measured.setup == setup('stream', lengths=LengthDistribution([5, 32]), max_tokens=32, data_parallel=2)
+    started = dict(data_parallel=2, max_sequences=3, kv_tokens=100, block_size=2)
+    assert measured.setup == setup('stream', lengths=LengthDistribution([5, 32]), max_tokens=32, **started)
     predicted = simulate(model(), measured.setup).seconds
     assert f'mean absolute error {(0.2 + abs(predicted / 20 - 1)) / 2:.1%}' in printed
 

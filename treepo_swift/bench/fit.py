@@ -92,7 +92,12 @@ class _Fit:
             hardware=hardware())
         return model, float(np.mean(np.abs(predicted / steps - 1)))
 
-    async def _batch(self, sequences: int, context: int, steps: int, *, cached: bool = True,
+    async def _batch(self,
+                     sequences: int,
+                     context: int,
+                     steps: int,
+                     *,
+                     cached: bool = True,
                      shared: bool = False) -> float:
         """Seconds for so many sequences to decode `steps` tokens each, after prompts of `context` tokens.
 

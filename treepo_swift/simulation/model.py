@@ -81,9 +81,11 @@ class EngineModel:
             prefill: tokens that are computed in the first step.
         """
         sampled = sequences * (steps * (steps - 1) // 2)
-        return (steps * (self.step_seconds + self.step_seconds_per_sequence * sequences) +
-                self.step_seconds_per_context_token * (steps * context + sampled) +
-                self.step_seconds_per_kv_token * (steps * kv + sampled) + self.prefill_seconds_per_token * prefill)
+        attention = (
+            self.step_seconds_per_context_token * (steps * context + sampled) + self.step_seconds_per_kv_token *
+            (steps * kv + sampled))
+        return (steps * (self.step_seconds + self.step_seconds_per_sequence * sequences) + attention +
+                self.prefill_seconds_per_token * prefill)
 
 
 _POSITIVE = ('step_seconds', 'max_sequences', 'block_size')
