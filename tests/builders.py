@@ -8,9 +8,9 @@ from typing import Callable, Sequence
 
 from treepo_swift.config import TreeConfig
 from treepo_swift.policies.stopping import TextChecker, text_verdict
-from treepo_swift.search import Limits, Segment, SegmentRequest, TreeSearch
+from treepo_swift.search import Limits, NextTurn, Segment, SegmentRequest, TreeSearch
 from treepo_swift.text import PathReader
-from treepo_swift.tree import StopReason, response_ids
+from treepo_swift.tree import Path, StopReason, response_ids
 
 EOS = 0
 """Every other id is the byte of one character."""
@@ -68,11 +68,13 @@ def grow(search: TreeSearch,
          *,
          answer: Callable[[SegmentRequest], Segment | str] | None = None,
          order: random.Random | None = None,
-         watch: Callable[[SegmentRequest, Segment], None] | None = None) -> TreeSearch:
+         watch: Callable[[SegmentRequest, Segment], None] | None = None,
+         environment: Callable[[Path], tuple[list[int], int] | None] = lambda path: None) -> TreeSearch:
     """Drive a search to its end, in a random `order` of answers where one is given.
 
     `answer` returns a segment, or a string to fail the path with. It and `watch` see each segment as a request of its
-    own, from the path's last node. The default's tokens depend only on the prefix and the path's id.
+    own, from the path's last node. The default's tokens depend only on the prefix and the path's id. `environment` is
+    asked when a turn has ended; what it says, and how many tokens of the path are kept before, begins another.
     """
     def default(request: SegmentRequest) -> Segment:
         return sample(search.tree.prompt_ids + response_ids(request.prefix), request.max_tokens, request.path_id)
@@ -96,7 +98,12 @@ def grow(search: TreeSearch,
         if watch:
             watch(ask, segment)
         path = search.extend(request.path_id, segment)
-        running += search.settle(request.path_id, text_verdict(reader.state(path.leaf), path, search.config))
+        verdict = text_verdict(reader.state(path.leaf), path, search.config)
+        said = None if search.stop_of(request.path_id, verdict) is None else environment(path)
+        if said is not None and search.has_room(said[1] + len(said[0])):
+            running += search.begin_turn(request.path_id, NextTurn(said[1], said[0], said))
+            continue
+        running += search.settle(request.path_id, verdict)
         left = request.max_tokens - len(segment.token_ids)
         if search.done:
             break

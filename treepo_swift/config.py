@@ -116,7 +116,7 @@ class TreeConfig:
     segment_length: int = _knob(
         512, _number(int, 1),
         'S: most tokens of a segment. A multiple of the KV block size lets forks reuse the whole prefix.')
-    max_depth: int = _knob(14, _number(int, 1), 'D: most segments on a path.')
+    max_depth: int = _knob(14, _number(int, 1), 'D: most segments on a path; with several turns, in each of them.')
 
     schedule: str = _knob(
         'stream', _choice('stream', 'lockstep'),
@@ -136,6 +136,10 @@ class TreeConfig:
         2, _number(int, 1, pair='sorted'),
         'First branches at the root. A pair `[lo, hi]` draws one per tree; the paper\'s "more init divergence" is '
         '`[2, 8]`.')
+    fork_at: str = _knob(
+        'both', _choice('both', 'segment', 'turn'),
+        'With several turns, where paths fork: at segment boundaries within a turn (`segment`), where a turn begins '
+        '(`turn`, after a tool or an environment has spoken), or at `both`. The root always forks.')
     branching: str = _knob(
         'even', _name, 'How a boundary\'s branches are shared out: `even`, `logprob` (by the score of each path), '
         '`entropy` (by the mean entropy of its last segment), or a policy that you registered. Every live path gets '
@@ -226,6 +230,10 @@ class TreeConfig:
                              'How often a segment is asked of the engine again after an engine error.')
     max_failure_fraction: float = _knob(0.5, _number(float, 0, 1),
                                         'Share of failed trajectories in a batch above which the rollout raises.')
+    fork_state: str = _knob(
+        'copy', _choice('copy', 'replay'),
+        'How the state of an environment forks with its path: by `TreeRolloutScheduler.fork_state` (`copy`, a deep '
+        'copy of what the scheduler registered), or by playing the turns of a path again on a fresh one (`replay`).')
     hook_timeout: float = _knob(60.0, _number(float, 0.001),
                                 'Seconds that an overridden hook may take before its path counts as failed.')
     require_trainer: bool = _knob(
@@ -244,6 +252,11 @@ class TreeConfig:
         if self.fallback_start == 'early' and self.budget != 'by_width':
             raise ConfigError(f'fallback_start=\'early\' with budget={self.budget!r}: its branches start beside live '
                               'paths and would take their tokens. Use budget: by_width, or fallback_start: idle.')
+
+        inside = ('random_token', 'random_block', 'min_logprob_token', 'logprob_block')
+        if self.fork_at == 'turn' and self.fallback in inside:
+            raise ConfigError(f'fork_at=\'turn\' with fallback={self.fallback!r}: it cuts inside turns. Use fallback: '
+                              'random_segment (with fork_at: turn, where a turn begins), root or none.')
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = 'TreeConfig') -> TreeConfig:

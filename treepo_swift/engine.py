@@ -112,8 +112,11 @@ class SegmentEngine(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of response tokens, special tokens included."""
 
-    def completion(self, prompt: Prompt, response_ids: list[int]) -> str:
-        """The assistant message that reward functions see, as swift's template writes it."""
+    def completion(self, prompt: Prompt, response_ids: list[int], *, first: bool = True) -> str:
+        """The assistant message that reward functions see, as swift's template writes it.
+
+        Where it is not `first`, the tokens go on with a message that another turn began.
+        """
 
 
 def check_request_config(request_config: RequestConfig) -> None:
@@ -240,17 +243,21 @@ class VllmSegmentEngine:
             # vLLM hands out the first token and then one chunk a segment: each tells that the one before is complete,
             # and that its last KV block is in the cache for forks.
             sampling.output_kind, sampling.stream_interval = RequestOutputKind.DELTA, segment_tokens
-        buffer, cached, finished = SegmentBuffer(segment_tokens), None, False
+        buffer, cached, finished, sampled = SegmentBuffer(segment_tokens), None, False, 0
         async with aclosing(self._request(prompt, response_ids, sampling, self._lora, place)) as outputs:
             async for output in outputs:
                 completion, finished = output.outputs[0], output.finished
                 buffer.add(*self._sampled(completion))
+                sampled += len(completion.token_ids)
                 cached = (output.num_cached_tokens or 0) if cached is None else cached
                 while buffer.full(finished=finished):
                     yield buffer.take(cached_tokens=cached)
                     cached = 0
                 if finished:
                     stop = self._stop_reason(completion.finish_reason, completion.stop_reason)
+                    if stop is None and sampled < max_tokens:
+                        # Images are more tokens in the engine than in its input.
+                        stop = StopReason.CONTEXT_LIMIT
                     yield buffer.take(cached_tokens=cached, stop=stop)
         if not finished:
             raise EngineError('the engine ended a request without an output')
@@ -277,9 +284,9 @@ class VllmSegmentEngine:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._engine.tokenizer.decode(list(token_ids), skip_special_tokens=False)
 
-    def completion(self, prompt: Prompt, response_ids: list[int]) -> str:
+    def completion(self, prompt: Prompt, response_ids: list[int], *, first: bool = True) -> str:
         return self._engine.template.decode_generate_ids(
-            list(response_ids), template_inputs=prompt.inputs['template_inputs'])
+            list(response_ids), first_token=first, template_inputs=prompt.inputs['template_inputs'])
 
     def _request(self, prompt: Prompt, response_ids: Sequence[int], sampling: Any, lora: Any,
                  place: Place) -> AsyncGenerator[Any, None]:

@@ -9,7 +9,7 @@ from typing import AsyncIterator, Awaitable, Callable, Optional, Union
 
 from .engine import EngineError, Place, Prompt, SegmentEngine
 from .hooks import HookError
-from .search import Segment, SegmentRequest, TreeSearch
+from .search import NextTurn, Segment, SegmentRequest, TreeSearch
 from .tasks import Nursery, Rendezvous
 from .text import PathReader
 from .tree import Path, StopReason, response_ids
@@ -31,22 +31,23 @@ class CpuClock:
 Verdict = Optional[StopReason]
 Check = Callable[[Path], Union[Verdict, Awaitable[Verdict]]]
 """Why a path should stop at this boundary, by its text; may raise `HookError`."""
-CheckEnd = Callable[[Path, StopReason], Awaitable[None]]
-"""Looks at a path that is about to end; may raise `HookError`."""
+EndTurn = Callable[[Path, StopReason], Awaitable[Union[NextTurn, StopReason]]]
+"""Says how a path goes on whose turn has ended, or why it ends; may raise `HookError`."""
 
 
 class TreeGrower:
     """Grows one tree to its end. Whatever happens, no task and no engine request of it outlives `run`."""
     def __init__(self, search: TreeSearch, prompt: Prompt, *, engine: SegmentEngine, reader: PathReader, check: Check,
-                 check_end: CheckEnd, clock: CpuClock, seeded: bool, warn: Callable[[str], None],
+                 end_turn: EndTurn | None, clock: CpuClock, seeded: bool, warn: Callable[[str], None],
                  progress: Callable[[int], None]) -> None:
-        """`seeded` asks the engine to sample reproducibly; `progress` hears how many trajectories were added."""
+        """Without `end_turn` a path ends with its turn. `seeded` asks the engine to sample reproducibly; `progress`
+        hears how many trajectories were added."""
         self.search = search
         self.prompt = prompt
         self._engine = engine
         self._reader = reader
         self._check = check
-        self._check_end = check_end
+        self._end_turn = end_turn
         self._clock = clock
         self._seeded = seeded
         self._warn = warn
@@ -96,13 +97,19 @@ class TreeGrower:
             self._go_on(self.search.resume(self._share(growing)))
 
     async def _grow(self, request: SegmentRequest) -> None:
-        """Take the segments of one request until it or its path ends."""
+        """Take the segments of one request until it or its path's turn ends."""
         try:
             async with aclosing(self._segments(request)) as segments:
                 async for segment in segments:
-                    if await self._take(request, segment):
-                        return
-        except EngineError as e:
+                    stop = await self._take(request, segment)
+                    if stop is not None:
+                        break
+                else:
+                    return
+            # The engine samples no further for this path while its hooks think.
+            if self._end_turn is not None and request.path_id in self._growing:
+                await self._finish_turn(request, stop, segment.ahead)
+        except (EngineError, HookError) as e:
             self._fail(request, e)
 
     async def _segments(self, request: SegmentRequest) -> AsyncIterator[Segment]:
@@ -112,7 +119,7 @@ class TreeGrower:
             try:
                 async with aclosing(
                         self._engine.generate(
-                            self.prompt,
+                            self._prompt_of(request),
                             response_ids(self.search.leaf(request.path_id)),
                             max_tokens=left,
                             segment_tokens=request.segment_tokens,
@@ -129,43 +136,60 @@ class TreeGrower:
                 if errors > self.search.config.max_retries:
                     raise EngineError(f'{type(e).__name__}: {e} (after {errors} attempts)') from e
 
-    async def _take(self, request: SegmentRequest, segment: Segment) -> bool:
-        """Put a segment into the tree and start what may start then; returns whether its path has ended."""
+    def _prompt_of(self, request: SegmentRequest) -> Prompt:
+        turn = request.prefix.turn_start.turn
+        return self.prompt if turn is None else turn.prompt
+
+    async def _take(self, request: SegmentRequest, segment: Segment) -> StopReason | None:
+        """Put a segment into the tree and start what may start then; returns why its path's turn has ended."""
         search, path_id = self.search, request.path_id
-        try:
-            with self._clock:
-                if search.leaf(path_id) is request.prefix:
-                    search.tree.stats.evicted_tokens += self._evicted(request, segment)
-                segment = self._reader.cut_at_stop_string(search.leaf(path_id), segment)
-                path = search.extend(path_id, segment)
-                verdict = self._check(path)
-            if isawaitable(verdict):
-                verdict = await verdict
-            stop = search.stop_of(path_id, verdict)
-            if stop is not None:
-                if stop is StopReason.ANSWER and search.config.after_answer == 'cut' and segment.stop is None:
-                    with self._clock:
-                        search.cut(path_id, self._reader.answer_length(path.leaf))
-                await self._check_end(path, stop)
-        except HookError as e:
-            self._fail(request, e)
-            return True
-        if path_id not in self._growing:
-            return True  # The tree gave up while a hook was asked; `wait_for` may swallow the cancellation.
         with self._clock:
-            requests = search.settle(path_id, stop)
-            if stop is not None:
-                del self._growing[path_id]
-                search.discard(segment.ahead)
-            self._go_on(requests)
-        return stop is not None
+            if search.leaf(path_id) is request.prefix:
+                search.tree.stats.evicted_tokens += self._evicted(request, segment)
+            segment = self._reader.cut_at_stop_string(search.leaf(path_id), segment)
+            path = search.extend(path_id, segment)
+            verdict = self._check(path)
+        if isawaitable(verdict):
+            verdict = await verdict
+        if path_id not in self._growing:
+            return verdict or StopReason.HOOK  # The tree gave up while a hook was asked.
+        with self._clock:
+            stop = search.stop_of(path_id, verdict)
+            if stop is StopReason.ANSWER and search.config.after_answer == 'cut' and segment.stop is None:
+                search.cut(path_id, self._reader.answer_length(path.leaf))
+            if stop is None:
+                self._go_on(search.settle(path_id))
+            elif self._end_turn is None:
+                self._end_path(path_id, stop, segment.ahead)
+        return stop
+
+    def _end_path(self, path_id: int, stop: StopReason, ahead: int) -> None:
+        requests = self.search.settle(path_id, stop)
+        del self._growing[path_id]
+        self.search.discard(ahead)
+        self._go_on(requests)
+
+    async def _finish_turn(self, request: SegmentRequest, stop: StopReason, ahead: int) -> None:
+        """Ask the hooks whether the path goes on, and let it."""
+        path = self.search.path(request.path_id)
+        following = await self._end_turn(path, stop)
+        if request.path_id not in self._growing:
+            return  # The tree gave up meanwhile; `wait_for` may swallow the cancellation.
+        with self._clock:
+            if isinstance(following, StopReason):
+                path.stop = following
+                self._end_path(request.path_id, following, ahead)
+                return
+            self.search.discard(ahead)
+            self._go_on(self.search.begin_turn(request.path_id, following))
 
     def _evicted(self, request: SegmentRequest, segment: Segment) -> int:
         """Tokens of full KV blocks that a request's prefix had filled and that were gone when it came."""
         if request.prefix.parent is None:
             return 0
-        # The engine samples from the last token, which therefore is never in the cache.
-        known = len(self.prompt.token_ids) + request.prefix.length - 1
+        # The engine samples from the last token, which therefore is never in the cache; nor is what is new to it.
+        computed = request.prefix if request.prefix.sampled else request.prefix.parent
+        known = len(self.prompt.token_ids) + computed.length - 1
         block = self._engine.info.block_size
         return max(known // block * block - segment.cached_tokens, 0)
 

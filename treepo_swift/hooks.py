@@ -19,14 +19,11 @@ class HookRunner:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(MAX_HOOK_THREADS, thread_name_prefix='treepo-hook')
 
-    async def call(self, hook: Callable[..., Any], *args: Any, timeout: float, where: str) -> Any:
-        """Return what the hook returns; every way of failing becomes a `HookError` naming hook and `where`."""
-        name = getattr(hook, '__qualname__', repr(hook))
+    async def call(self, hook: Callable[..., Any], *args: Any, timeout: float, where: str, name: str = '') -> Any:
+        """Return what the hook returns; every way of failing becomes a `HookError` with its `name` and `where`."""
+        name = name or getattr(hook, '__qualname__', repr(hook))
         try:
-            if inspect.iscoroutinefunction(hook):
-                return await asyncio.wait_for(hook(*args), timeout)
-            loop = asyncio.get_running_loop()
-            return await asyncio.wait_for(loop.run_in_executor(self._pool, _contained, hook, args), timeout)
+            return await asyncio.wait_for(self._result(hook, args), timeout)
         except asyncio.TimeoutError:
             raise HookError(f'{name} {where}: took more than hook_timeout={timeout:g} s') from None
         except asyncio.CancelledError:
@@ -36,6 +33,13 @@ class HookRunner:
         except (Exception, SystemExit) as e:
             # SystemExit in a task would end swift's worker, and with it every later rollout.
             raise HookError(f'{name} {where}: raised {type(e).__name__}: {e}') from e
+
+    async def _result(self, hook: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        if inspect.iscoroutinefunction(hook):
+            return await hook(*args)
+        result = await asyncio.get_running_loop().run_in_executor(self._pool, _contained, hook, args)
+        # A plain function may hand out a coroutine: a decorated async one, or a partial.
+        return await result if inspect.isawaitable(result) else result
 
 
 def _contained(hook: Callable[..., Any], args: tuple[Any, ...]) -> Any:

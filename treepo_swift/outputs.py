@@ -2,16 +2,18 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Iterator, Protocol, Sequence
 
 from swift.infer_engine.protocol import (ChatCompletionResponse, ChatCompletionResponseChoice, ChatMessage,
                                          RolloutInferRequest, RolloutOutput, UsageInfo)
 
 from .transport import REPORT_KEY, REQUEST_KEY, tree_report
-from .tree import StopReason, Tree, response_ids, response_logprobs
+from .tree import Path, StopReason, Tree, response_ids, response_logprobs
 
 if TYPE_CHECKING:
     from .engine import Prompt, SegmentEngine
+    from .turns import Turn
 
 
 class RolloutError(RuntimeError):
@@ -66,6 +68,11 @@ class OutputWriter:
         self._mask = mask
         self._filler_token = filler_token
 
+    def prefix(self, request: RolloutInferRequest) -> tuple[list[int], list[int]]:
+        """Tokens with which the template begins every reply, and their mask: it is all 0."""
+        choice = ChatCompletionResponseChoice(0, ChatMessage('assistant', ''), 'stop')
+        return self._mask(request, choice, response_token_ids=[])
+
     def choice(self, prompt: Prompt, ids: list[int], stop: StopReason) -> ChatCompletionResponseChoice:
         """The assistant message of a response, as reward functions and hooks see it."""
         content = self._engine.completion(prompt, ids) if ids else ''
@@ -74,9 +81,7 @@ class OutputWriter:
     def tree(self, requests: Sequence[RolloutInferRequest], prompt: Prompt, tree: Tree, *,
              with_report: bool) -> list[RolloutOutput]:
         """An output for each of a tree's requests; without a report they train as plain GRPO does."""
-        # The template's response prefix goes first, masked; it is the same for all, and sampled ids stay as they are.
-        choice = ChatCompletionResponseChoice(0, ChatMessage('assistant', ''), 'stop')
-        prefix = self._mask(requests[0], choice, response_token_ids=[])
+        prefix = self.prefix(requests[0])
         return [
             self._trajectory(request, prompt, tree, index, prefix, with_report)
             for index, request in enumerate(requests)
@@ -85,27 +90,38 @@ class OutputWriter:
     def _trajectory(self, request: RolloutInferRequest, prompt: Prompt, tree: Tree, index: int,
                     prefix: tuple[list[int], list[int]], with_report: bool) -> RolloutOutput:
         path = tree.trajectories[index]
-        ids, logprobs = response_ids(path.leaf), response_logprobs(path.leaf)
-        choice = self.choice(prompt, ids, path.stop)
-        if path.stop.is_placeholder:
-            ids, mask = [self._filler_token], [0]
-        else:
-            ids, mask = prefix[0] + ids, prefix[1] + [1] * len(ids)
+        turn: Turn | None = path.outcome
+        logprobs = response_logprobs(path.leaf)
         infos: dict[str, Any] = {'num_turns': 1}
+        if turn is not None:
+            messages = turn.messages
+            choice = self._last_reply(turn, path)
+            ids, mask, spread = _replies(turn, prefix, logprobs)
+            infos = {**turn.infos, 'num_turns': turn.number}
+        else:
+            choice = self.choice(prompt, response_ids(path.leaf), path.stop)
+            before = request.messages if tree.root.turn is None else tree.root.turn.request.messages
+            messages = [*before, {'role': 'assistant', 'content': choice.message.content}]
+            ids, mask = [prefix[0] + response_ids(path.leaf)], [prefix[1] + [1] * len(logprobs)]
+            spread = [logprobs]
+        if path.stop.is_placeholder:
+            ids, mask = [[self._filler_token]], [[0]]
         if with_report:
-            infos[REPORT_KEY] = tree_report(tree, index)
+            infos[REPORT_KEY] = tree_report(tree, index, None if turn is None else turn.trained())
         usage = UsageInfo(len(prompt.token_ids), len(logprobs), len(prompt.token_ids) + len(logprobs))
         # All of it is ours and of the right types: validating would copy every list.
         return RolloutOutput.model_construct(
             response=ChatCompletionResponse(self._engine.info.model, [choice], usage, id=request.uuid or tree.id),
-            messages=[*request.messages, {
-                'role': 'assistant',
-                'content': choice.message.content
-            }],
-            response_token_ids=[ids],
-            response_loss_mask=[mask],
-            rollout_logprobs=[logprobs],
+            messages=messages,
+            response_token_ids=ids,
+            response_loss_mask=mask,
+            rollout_logprobs=spread,
             rollout_infos=infos)
+
+    def _last_reply(self, turn: Turn, path: Path) -> ChatCompletionResponseChoice:
+        ids = turn.reply.ids[:turn.reply.sampled]
+        text = self._engine.completion(turn.prompt, ids, first=not turn.previous.continues)
+        return ChatCompletionResponseChoice(0, ChatMessage('assistant', text), path.stop.finish_reason)
 
     def probe(self, request: RolloutInferRequest, scores: list[float] | None) -> RolloutOutput:
         """Tell the trainer about the engine, and the log-probs of its fixed text where it sent one."""
@@ -116,3 +132,20 @@ class OutputWriter:
                 self._engine.info.model, [choice], UsageInfo(0, 0, 0), id=request.uuid or ''),
             messages=request.messages,
             rollout_infos={REQUEST_KEY: info})
+
+
+def _replies(turn: Turn, prefix: tuple[list[int], list[int]],
+             logprobs: Sequence[float]) -> tuple[list[list[int]], list[list[int]], list[list[float]]]:
+    """Tokens, mask and the trained tokens' log-probs of every assistant message; `logprobs` are of all sampled."""
+    all_ids, all_masks, spread = [], [], []
+    left = iter(logprobs)
+    for _, replies in turn.replies():
+        ids, mask, values = list(prefix[0]), list(prefix[1]), []
+        for reply in replies:
+            ids += reply.ids
+            mask += reply.mask
+            values += [value for value, trained in zip(islice(left, reply.sampled), reply.mask) if trained]
+        all_ids.append(ids)
+        all_masks.append(mask)
+        spread.append(values)
+    return all_ids, all_masks, spread

@@ -30,7 +30,8 @@ from .search import Limits, TreeSearch, check_policies
 from .tasks import Rendezvous, all_or_cancel, calm_garbage_collection
 from .text import PathReader
 from .transport import REQUEST_KEY, RequestNote
-from .tree import Path, StopReason, response_ids
+from .tree import Path, StopReason
+from .turns import Conversation, overridden_hooks
 
 logger = get_logger()
 
@@ -47,7 +48,8 @@ class _Planted:
     note: RequestNote
     prompt: Prompt
     search: TreeSearch
-
+    talk: Conversation | None
+    """None where no hook is to be asked about turns."""
     @property
     def shares_budget(self) -> bool:
         return self.search.config.budget == 'by_segment_tokens'
@@ -58,15 +60,21 @@ def _where(search: TreeSearch, path: Path) -> str:
 
 
 class TreeRolloutScheduler(MultiTurnScheduler):
-    """Grows the answers to a prompt as one tree (TreePO, arXiv 2508.17445); single-turn.
+    """Grows the answers to a prompt as one tree (TreePO, arXiv 2508.17445).
 
-    The smallest useful subclass overrides one hook::
+    A subclass with a `step` takes several turns, by the rules of ms-swift's `MultiTurnScheduler`: where a turn has
+    ended, `on_turn_end` and `check_finished` are asked whether it was the last, and `step` appends what the
+    environment says. A scheduler of swift becomes a tree by its base class::
 
-        class StopAtCode(TreeRolloutScheduler):
+        class TipsTree(TreeRolloutScheduler, MathTipsScheduler):
+            pass
 
-            def check_segment(self, path, text):
-                return StopReason.HOOK if text.count('```') >= 2 else super().check_segment(path, text)
+    Hooks get copies that are theirs: another path may take another turn from the same place. What a scheduler keeps
+    for a trajectory under ``infer_request.uuid`` therefore has to fork too, see `trajectory_state`.
     """
+
+    trajectory_state: tuple[str, ...] = ()
+    """Names of dict attributes that hold something for each trajectory under ``infer_request.uuid``."""
     def __init__(self,
                  infer_engine: Any = None,
                  max_turns: int | None = None,
@@ -75,34 +83,61 @@ class TreeRolloutScheduler(MultiTurnScheduler):
                  **kwargs: Any) -> None:
         """swift passes `infer_engine`; give a `segment_engine` instead to run on an engine of your own."""
         super().__init__(infer_engine, max_turns, *args, **kwargs)
-        if type(self).step is not MultiTurnScheduler.step:
-            raise NotImplementedError(f'{type(self).__name__}.step: TreeRolloutScheduler is single-turn in this '
-                                      'version and would never call it.')
+        if type(self).run is not MultiTurnScheduler.run:
+            raise NotImplementedError(f'{type(self).__name__}.run: trees take many paths at once and would never call '
+                                      'it. Override `step` and `check_finished` instead.')
         self._default = TreeConfig.load()
         self.config = self._default
         self._engine = VllmSegmentEngine(infer_engine) if segment_engine is None and infer_engine else segment_engine
         self._hooks = HookRunner()
+        self._asked = overridden_hooks(self, TreeRolloutScheduler)
         self._reader: PathReader | None = None
         self._warned: set[str] = set()
         self._clock = CpuClock()
         self._forecast = Forecast()
 
-    # Override these. They may be plain or async functions; a plain one runs in a thread of its own.
+    # Override these. They may be plain or async functions; a plain one runs in a thread of its own. With them come
+    # `step`, `on_trajectory_start` (once a tree) and `on_turn_end` of the base class.
 
     def check_segment(self, path: Path, text: str) -> StopReason | None:
-        """Called at every segment boundary: return a reason (`StopReason.HOOK` is yours) to stop the path.
+        """Called at every segment boundary: return a reason (`StopReason.HOOK` is yours) to end the turn there.
 
         Args:
             path: the growing path; ``path.leaf.lineage()`` are its segments.
-            text: its whole response so far.
+            text: what its turn says so far.
         """
         checker = TextChecker(self.config)
         return text_verdict(checker.feed(checker.start(), text), path, self.config)
 
     def check_finished(self, infer_request: RolloutInferRequest, response_choice: ChatCompletionResponseChoice,
                        current_turn: int) -> bool:
-        """Called when a turn has ended, with the meaning that it has in ms-swift. There is one turn: True."""
-        return True
+        """Called when a turn has ended, with the meaning that it has in ms-swift. Without a `step` there is one turn.
+
+        A turn that `check_segment` ended has the finish reason ``stop``; ``length`` stands for a real limit.
+        """
+        if 'step' not in self._asked:
+            return True
+        return super().check_finished(infer_request, response_choice, current_turn)
+
+    def fork_state(self, parent_id: str, child_id: str) -> None:
+        """Called before hooks are asked about a turn: they change the state `child_id`, a copy of `parent_id`.
+
+        `parent_id` stays as it is, for other paths to start from. Both are what hooks see as ``infer_request.uuid``.
+        """
+        for name in self.trajectory_state:
+            states = getattr(self, name)
+            if parent_id not in states:
+                continue
+            try:
+                states[child_id] = copy.deepcopy(states[parent_id])
+            except Exception as e:
+                raise TypeError(f'{name} holds a {type(states[parent_id]).__name__} that can not be copied ({e}): '
+                                'override fork_state, or set fork_state: replay') from e
+
+    def release_state(self, state_id: str) -> None:
+        """Called once for each state when no path can start from it any more."""
+        for name in self.trajectory_state:
+            getattr(self, name).pop(state_id, None)
 
     # Machinery below.
 
@@ -236,23 +271,50 @@ class TreeRolloutScheduler(MultiTurnScheduler):
             # Plain sampling: one request to the end, no early stop.
             config = TreeConfig(
                 seed=config.seed, segment_length=max_response, max_depth=1, answer='none', stop_at_repetition=False)
-        prompt, error = Prompt([], {}), None
-        try:
-            prompt = await self._engine.encode(request)
-        except Exception as e:
-            error = f'the prompt could not be encoded: {type(e).__name__}: {e}'
         rng = random.Random(f'{config.seed}:{request_config.seed}:{note.step}:{group.copy}:{group.key}')
         search = TreeSearch(
             config,
             tree_id=request.uuid or f'tree-{group.members[0]}',
-            prompt_ids=prompt.token_ids,
+            prompt_ids=[],
             width=len(group.members),
             limits=Limits(max_response, info.max_model_len),
             rng=rng,
             progress=note.progress)
-        if error:
-            search.give_up(error)
-        return _Planted(group, request, note, prompt, search)
+        talk, prompt = self._talk(search), Prompt([], {})
+        try:
+            prompt = await (talk.begin(request) if talk else self._engine.encode(request))
+            search.set_prompt(prompt.token_ids)
+        except HookError as e:
+            search.give_up(str(e))
+        except Exception as e:
+            search.give_up(f'the prompt could not be encoded: {type(e).__name__}: {e}')
+        return _Planted(group, request, note, prompt, search, talk)
+
+    def _talk(self, search: TreeSearch) -> Conversation | None:
+        if not self._asked:
+            return None
+        return Conversation(
+            self,
+            self._asked,
+            search,
+            engine=self._engine,
+            hooks=self._hooks,
+            config=self.config,
+            prefix=lambda request: self._writer.prefix(request)[0])
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is something that must fork with a path."""
+        if self.config.fork_state == 'copy':
+            return bool(self.trajectory_state) or type(self).fork_state is not TreeRolloutScheduler.fork_state
+        return bool(self.trajectory_state) or 'on_trajectory_start' in self._asked
+
+    def move_state(self, parent_id: str, child_id: str) -> None:
+        """Let a child take its parent's state over, which nobody needs any more."""
+        for name in self.trajectory_state:
+            states = getattr(self, name)
+            if parent_id in states:
+                states[child_id] = states.pop(parent_id)
 
     async def _grow(self, trees: list[_Planted], requests: Sequence[RolloutInferRequest],
                     outputs: PlainOutputs | PackedOutputs, seeded: bool, progress: Callable[[int],
@@ -270,13 +332,17 @@ class TreeRolloutScheduler(MultiTurnScheduler):
                 engine=self._engine,
                 reader=self._reader,
                 check=partial(self._check, tree.search),
-                check_end=partial(self._ask_finished, tree),
+                end_turn=tree.talk and tree.talk.end_turn,
                 clock=self._clock,
                 seeded=seeded,
                 warn=self._warn_once,
                 progress=progress)
-            async with admission.place(partial(self._expected_tokens, tree)) as place:
-                await grower.run(place, sharing if tree.shares_budget else None)
+            try:
+                async with admission.place(partial(self._expected_tokens, tree)) as place:
+                    await grower.run(place, sharing if tree.shares_budget else None)
+            finally:
+                if tree.talk:
+                    await tree.talk.release(self._warn_once)
             with self._clock:
                 failures.update(p.error for p in tree.search.tree.trajectories if p.stop is StopReason.FAILED)
                 members = tree.group.members
@@ -343,25 +409,6 @@ class TreeRolloutScheduler(MultiTurnScheduler):
             raise RolloutError(
                 f'{failures.total()} of {total} trajectories failed, more than '
                 f'max_failure_fraction={self.config.max_failure_fraction:g}. Most common causes:\n{causes}')
-
-    async def _ask_finished(self, tree: _Planted, path: Path, stop: StopReason) -> None:
-        if type(self).check_finished is TreeRolloutScheduler.check_finished:
-            return
-        ids = response_ids(path.leaf)
-        choice = self._writer.choice(tree.prompt, ids, stop)
-        choice.token_ids = ids
-        messages = [*tree.request.messages, {'role': 'assistant', 'content': choice.message.content}]
-        where = _where(tree.search, path)
-        finished = await self._hooks.call(
-            self.check_finished,
-            dataclasses.replace(tree.request, messages=messages),
-            choice,
-            1,
-            timeout=self.config.hook_timeout,
-            where=where)
-        if not finished:
-            raise HookError(f'{type(self).__name__}.check_finished {where}: returned {finished!r}, but '
-                            'TreeRolloutScheduler is single-turn in this version and has no next turn to go on with')
 
     async def _probe(self, request: RolloutInferRequest, note: RequestNote) -> RolloutOutput:
         if note.config is not None:

@@ -9,13 +9,13 @@ import hashlib
 import random
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Sequence
+from typing import Any, Sequence
 
 from .config import TreeConfig
 from .policies import fallback
 from .policies.branching import BranchContext, branching_policies, most_leaves, next_width, paced_width
 from .policies.stopping import first_reason
-from .tree import Node, Path, StopReason, Tree
+from .tree import Node, Path, StopReason, Tree, sampled_tokens
 
 MAX_FAILURES_PER_WIDTH = 2
 """A tree gives up and fills itself with placeholders after this many failed segments per wanted trajectory."""
@@ -54,12 +54,23 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class NextTurn:
+    """How a path goes on whose turn has ended: from its first `keep` tokens, behind what the environment said."""
+
+    keep: int
+    environment_ids: list[int]
+    turn: Any = None
+    """For whoever asks the environment: ``Node.turn`` of its node."""
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
-    """Hard limits of a response, in tokens."""
+    """Hard limits, in tokens."""
 
     max_response: int
+    """What may be sampled in one turn."""
     max_context: int
-    """Prompt and response together (the engine's model length)."""
+    """Prompt and all turns together (the engine's model length)."""
 
 
 @dataclass(slots=True)
@@ -99,6 +110,9 @@ class TreeSearch:
         path = search.extend(request.path_id, segment)
         requests += search.settle(request.path_id, verdict)   # stop reading the request where path.stop is set
         # until search.done; then read search.tree.trajectories, always exactly `width` of them.
+
+    A trajectory may take turns with an environment. Where one has ended, `begin_turn` instead of `settle` lets the path
+    go on behind what the environment said; depth and response limits count anew in every turn.
     """
     def __init__(self,
                  config: TreeConfig,
@@ -119,8 +133,8 @@ class TreeSearch:
         self.tree = Tree(tree_id, prompt_ids)
         self.waiting = False
         """Whether a boundary waits for `resume` to share the budget out."""
-        self._max_length = min(limits.max_response, limits.max_context - len(prompt_ids))
-        """Tokens of the longest response."""
+        self._room = limits.max_context - len(prompt_ids)
+        """Tokens that a path may have in all its turns."""
         self._rng = rng
         self._seed = rng.getrandbits(64)
         self._context = BranchContext(config, rng, progress)
@@ -133,11 +147,19 @@ class TreeSearch:
         self._now = 0
         self._survivors: list[Path] = []
         self._ended = 0
+        self._failed = 0
+        self._spent = 0
+        """Tokens of the trajectories, for the budget that counts them."""
         self._first = 0
         self._started = False
         self.last_error = ''
 
     # What a driver calls.
+
+    def set_prompt(self, prompt_ids: list[int]) -> None:
+        """Before `start`, where the prompt was not known when the search was made: an environment says it."""
+        self.tree.prompt_ids = prompt_ids
+        self._room = self.limits.max_context - len(prompt_ids)
 
     @property
     def done(self) -> bool:
@@ -153,7 +175,7 @@ class TreeSearch:
         if self._started:
             raise RuntimeError(f'Tree {self.tree.id} was started before.')
         self._started = True
-        if self._max_length < 1:
+        if self._room < 1:
             self.give_up(f'the prompt has {len(self.tree.prompt_ids)} tokens and the engine takes '
                          f'{self.limits.max_context} in all, so that no room is left for a response')
             return []
@@ -162,6 +184,10 @@ class TreeSearch:
         self._first = min(first, self._affordable([Path(self.tree.root)], share))
         self.tree.stats.forks += self._first - 1
         return self._launch([Path(self.tree.root) for _ in range(self._first)])
+
+    def path(self, path_id: int) -> Path:
+        """A growing path."""
+        return self._paths[path_id]
 
     def leaf(self, path_id: int) -> Node:
         """Where a growing path stands."""
@@ -188,6 +214,10 @@ class TreeSearch:
             return None
         return first_reason({path.stop, verdict, *reached} - {None}, self.config)
 
+    def has_room(self, length: int) -> bool:
+        """Whether a path of `length` tokens, environments included, may have one more."""
+        return length < self._room
+
     def cut(self, path_id: int, count: int) -> None:
         """Keep only the first `count` tokens of a path's last segment."""
         leaf = self._paths[path_id].leaf
@@ -212,6 +242,20 @@ class TreeSearch:
             if self._runs_on:
                 self._join(path_id, number + 1)
         return self._boundaries()
+
+    def begin_turn(self, path_id: int, following: NextTurn) -> list[SegmentRequest]:
+        """Close a segment at which a turn has ended, and let the path go on with the next.
+
+        Returns requests as `settle` does; the path's own is among them where it does not wait for its round.
+        """
+        path = self._paths[path_id]
+        path.stop = None
+        behind = self.tree.node_at(path, following.keep)
+        path.leaf = self.tree.add_environment(behind, following.environment_ids, following.turn)
+        number = self._leave(path_id)
+        self._rounds[number].survivors[path_id] = path.leaf
+        going_on = [self._request(path, self.config.segment_length, number + 1)] if self._runs_on else []
+        return going_on + self._boundaries()
 
     def fail(self, path_id: int, error: str) -> list[SegmentRequest]:
         """Report that a path could not be continued or checked. Its budget goes to the tree's other paths."""
@@ -243,20 +287,20 @@ class TreeSearch:
         return self._rng.randint(*number) if isinstance(number, tuple) else number
 
     def _limits_reached(self, node: Node) -> list[StopReason]:
-        if node.length < self._max_length and node.depth < self.config.max_depth:
-            return []
+        start = node.turn_start
         reached = []
-        if node.length >= self.limits.max_response:
+        if node.length - start.length >= self.limits.max_response:
             reached.append(StopReason.TOKEN_LIMIT)
-        if len(self.tree.prompt_ids) + node.length >= self.limits.max_context:
+        if node.length >= self._room:
             reached.append(StopReason.CONTEXT_LIMIT)
-        if node.depth >= self.config.max_depth:
+        if node.depth - start.depth >= self.config.max_depth:
             reached.append(StopReason.DEPTH_LIMIT)
         return reached
 
     def _finish(self, path: Path) -> None:
         self._ended += 1
-        self.tree.stats.trajectory_tokens += path.leaf.length
+        self._spent += path.leaf.length
+        self.tree.stats.trajectory_tokens += sampled_tokens(path.leaf)
         self.tree.add_trajectory(path, last=len(self.tree.trajectories) + 1 == self.width)
 
     def _fill(self, stop: StopReason, error: str) -> None:
@@ -284,10 +328,12 @@ class TreeSearch:
         for _, path in sorted(round_.finished.items()):
             self._finish(path)
         self._ended += round_.failed
+        # Not of `stats`: a path that is ahead may have failed in a round that is still to come.
+        self._failed += round_.failed
         if self.done:
             return []
-        if self.tree.stats.failures >= MAX_FAILURES_PER_WIDTH * self.width:
-            self.give_up(f'{self.tree.stats.failures} segments of this tree failed, the last one: {self.last_error}')
+        if self._failed >= MAX_FAILURES_PER_WIDTH * self.width:
+            self.give_up(f'{self._failed} segments of this tree failed, the last one: {self.last_error}')
             return []
         self._survivors = [Path(node, id=path_id) for path_id, node in sorted(round_.survivors.items())]
         grows_on = self._survivors or (self.config.fallback, self.config.fallback_fill) != ('none', 'placeholder')
@@ -298,36 +344,50 @@ class TreeSearch:
 
     def _branch(self, share: int | None = None) -> list[SegmentRequest]:
         live, self._survivors = self._survivors, []
-        ended, self._ended = self._ended, 0
         if not live:
+            self._ended = 0
             return self._fall_back(share)
-        requests = self._fork(live, ended, share)
+        requests = self._fork(live, share)
         if self.config.fallback_start == 'early':
             paths = len(requests) + (len(live) if self._runs_on else 0)
             requests += self._fall_back_early(paths, max(path.leaf.depth for path in live))
         return requests
 
-    def _fork(self, live: list[Path], ended: int, share: int | None) -> list[SegmentRequest]:
+    def _fork(self, live: list[Path], share: int | None) -> list[SegmentRequest]:
         """Requests for the forks of `live`, and for the paths themselves where they do not run on."""
-        finished = len(self.tree.trajectories)
-        depth = 1 + max(path.leaf.depth for path in live)
-        cap = min(self.width, paced_width(self.config, width=self.width, depth=depth, first=self._first))
-        total = next_width(
-            live=len(live),
-            finished=finished,
-            ended=ended,
-            width=min(cap, finished + self._affordable(live, share)),
-            divergence=self._draw(self.config.divergence))
-        counts = branching_policies[self.config.branching](live, total, self._context)
-        if len(counts) != len(live) or sum(counts) != total or min(counts) < 1:
-            raise ValueError(f'branching policy {self.config.branching!r} returned {counts} for {len(live)} live paths '
-                             f'and {total} branches: it must give every path at least one, and all of them out.')
+        counts = dict.fromkeys((path.id for path in live), 1)
+        forking = [path for path in live if self._may_fork(path.leaf)]
+        if forking:
+            counts.update(zip((path.id for path in forking), self._share_out(forking, len(live), share), strict=True))
+            self._ended = 0
         # Every path once before any twice: a token budget that runs out takes the forks, not the paths.
-        forks = [Path(path.leaf) for extra in range(1, max(counts)) for path, n in zip(live, counts) if extra < n]
+        forks = [
+            Path(path.leaf) for extra in range(1, max(counts.values())) for path in live if extra < counts[path.id]
+        ]
         going_on = [] if self._runs_on else [self._paths[path.id] for path in live]
         requests = self._launch(self._within_budget(going_on + forks, keep=len(going_on)))
         self.tree.stats.forks += max(len(requests) - len(going_on), 0)
         return requests
+
+    def _may_fork(self, node: Node) -> bool:
+        return self.config.fork_at == 'both' or (self.config.fork_at == 'turn') == node.begins_turn
+
+    def _share_out(self, forking: list[Path], live: int, share: int | None) -> list[int]:
+        """How many branches each of `forking` has, which are some or all of the `live` paths."""
+        finished = len(self.tree.trajectories) + live - len(forking)
+        depth = 1 + max(path.leaf.depth for path in forking)
+        cap = min(self.width, paced_width(self.config, width=self.width, depth=depth, first=self._first))
+        total = next_width(
+            live=len(forking),
+            finished=finished,
+            ended=self._ended,
+            width=min(cap, finished + self._affordable(forking, share)),
+            divergence=self._draw(self.config.divergence))
+        counts = branching_policies[self.config.branching](forking, total, self._context)
+        if len(counts) != len(forking) or sum(counts) != total or min(counts) < 1:
+            raise ValueError(f'branching policy {self.config.branching!r} returned {counts} for {len(forking)} live '
+                             f'paths and {total} branches: it must give every path at least one, and all of them out.')
+        return counts
 
     def _fall_back(self, share: int | None) -> list[SegmentRequest]:
         missing = self.width - len(self.tree.trajectories)
@@ -377,6 +437,7 @@ class TreeSearch:
             if not context.low <= position <= context.high:
                 raise ValueError(f'fallback {config.fallback!r} returned {position}, allowed are {context.low} to '
                                  f'{context.high}.')
+            position = fallback.next_start(path, position, config)
             for _ in range(min(divergence, needed - len(starts))):
                 if self._covers([*(start.leaf.length for start in starts), position]):
                     starts.append(Path(self.tree.node_at(path, position), fallback_from=index))
@@ -390,7 +451,7 @@ class TreeSearch:
         if config.budget == 'by_segment_tokens' and share is not None:
             return max(share // length, 1)
         if config.budget == 'by_trajectory_tokens':
-            left = config.budget_tokens - self.tree.stats.trajectory_tokens
+            left = config.budget_tokens - self._spent
             mean = sum(path.leaf.length for path in paths) / max(len(paths), 1)
             return max(int(left // (mean + length)), 1)
         return self.width
@@ -399,7 +460,7 @@ class TreeSearch:
         """Whether a budget of trajectory tokens covers paths of these lengths with a token more each."""
         if self.config.budget != 'by_trajectory_tokens':
             return True
-        return sum(lengths) + len(lengths) <= self.config.budget_tokens - self.tree.stats.trajectory_tokens
+        return sum(lengths) + len(lengths) <= self.config.budget_tokens - self._spent
 
     def _within_budget(self, starts: list[Path], keep: int = 0) -> list[Path]:
         """The first of `starts` that the budget covers, `keep` of them in any case."""
@@ -411,27 +472,32 @@ class TreeSearch:
         """Requests for `starts`; where a budget of trajectory tokens lets none of them go on, all end here."""
         limit = self.config.segment_length
         if self.config.budget == 'by_trajectory_tokens' and starts:
-            left = self.config.budget_tokens - self.tree.stats.trajectory_tokens
+            left = self.config.budget_tokens - self._spent
             limit = min(limit, (left - sum(path.leaf.length for path in starts)) // len(starts))
         if limit < 1:
             for path in starts:
                 path.stop = StopReason.TOKEN_LIMIT
+                # A turn without a token: the trajectory ends before what the environment said.
+                while not path.leaf.sampled:
+                    path.outcome = path.leaf.turn
+                    path.leaf = path.leaf.parent
                 self._paths.pop(path.id, None)
                 self._finish(path)
             return []
-        return [self._request(path, limit) for path in starts]
+        return [self._request(path, limit, self._now) for path in starts]
 
-    def _request(self, path: Path, limit: int) -> SegmentRequest:
+    def _request(self, path: Path, limit: int, number: int) -> SegmentRequest:
+        """Let `path` grow from its leaf, from round `number` on."""
         if not path.id:
             self._last_path += 1
             path.id = self._last_path
             self._paths[path.id] = path
-        self._join(path.id, self._now)
-        used = path.leaf.length
-        to_depth_limit = (self.config.max_depth - path.leaf.depth) * limit if self._runs_on else limit
+        self._join(path.id, number)
+        used, start = path.leaf.length, path.leaf.turn_start
+        depths = self.config.max_depth - (path.leaf.depth - start.depth) if self._runs_on else 1
         self.tree.stats.engine_requests += 1
         self.tree.stats.input_tokens += len(self.tree.prompt_ids) + used
-        most = min(to_depth_limit, self._max_length - used)
+        most = min(depths * limit, self.limits.max_response - (used - start.length), self._room - used)
         return SegmentRequest(path.id, path.leaf, most, limit, self._request_seed(path))
 
     def _request_seed(self, path: Path) -> int:

@@ -1,4 +1,4 @@
-"""The text of token paths, decoded once per node: what stopping rules and hooks read. The exact thing is the ids."""
+"""The text of turns, decoded once per node: what stopping rules and hooks read. The exact thing is the ids."""
 from __future__ import annotations
 
 from bisect import bisect_left
@@ -21,21 +21,21 @@ class PathReader:
         self._stops = list(stops)
 
     def text(self, node: Node) -> str:
-        """The whole response up to the end of `node`."""
+        """What the turn of `node` says up to its end."""
         parts = []
-        for part in node.lineage():
+        for part in node.lineage(since=node.turn_start):
             if part.text is None:
                 part.text = self._added(part.parent, part.token_ids)
             parts.append(part.text)
         return ''.join(parts)
 
     def state(self, node: Node) -> TextState:
-        """What the text checks know at the end of `node`; each character is looked at once per node."""
+        """What the text checks know of the turn at the end of `node`; each character is looked at once per node."""
         if not self._checker.reads_text:
             return self._checker.start()
         unread = []
-        current: Node | None = node
-        while current is not None and current.text_state is None and current.parent is not None:
+        current = node
+        while current.text_state is None and not current.begins_turn:
             unread.append(current)
             current = current.parent
         state = self._checker.start() if current.text_state is None else current.text_state
@@ -60,7 +60,7 @@ class PathReader:
         vLLM looks for stop strings in what one request sampled, so one that spans two segments is ours to find.
         """
         reach = max(map(len, self._stops), default=0) - 1
-        if reach < 1 or prefix.parent is None:
+        if reach < 1 or prefix.begins_turn:
             return segment
         seam = self._end(prefix, reach)
 
@@ -82,7 +82,7 @@ class PathReader:
     def _end(self, node: Node, count: int) -> str:
         """The last `count` characters up to the end of `node`."""
         text, current = '', node
-        while current.parent is not None and len(text) < count:
+        while not current.begins_turn and len(text) < count:
             if current.text is None:
                 current.text = self._added(current.parent, current.token_ids)
             text, current = current.text + text, current.parent

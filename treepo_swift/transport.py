@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Mapping
+from itertools import islice
+from typing import Any, Mapping, Sequence
 
 from .config import TreeConfig
 from .tree import Path, Tree
@@ -58,17 +59,22 @@ class RequestNote:
         return default if self.config is None else TreeConfig.from_dict(self.config, where='the trainer\'s TreeConfig')
 
 
-def tree_report(tree: Tree, index: int) -> dict[str, Any]:
+def tree_report(tree: Tree, index: int, trained: Sequence[int] | None = None) -> dict[str, Any]:
     """What the trainer needs of trajectory `index`: a few integers per segment, no tokens.
 
+    Environments have no part in it. `trained` tells for each sampled token whether it is trained on, None: all are.
     The tree's statistics ride on its first trajectory only.
     """
     path: Path = tree.trajectories[index]
-    nodes = path.leaf.lineage()
+    nodes = [node for node in path.leaf.lineage() if node.sampled]
+    tokens = [len(node.token_ids) for node in nodes]
+    if trained is not None:
+        left = iter(trained)
+        tokens = [sum(islice(left, count)) for count in tokens]
     report: dict[str, Any] = {
         'id': tree.id,
         'nodes': [node.id for node in nodes],
-        'tokens': [len(node.token_ids) for node in nodes],
+        'tokens': tokens,
         'stop': path.stop.value,
         'depth': path.leaf.depth,
         'fallback_from': path.fallback_from,

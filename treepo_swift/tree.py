@@ -44,17 +44,25 @@ _CUT = {
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """One segment. The root stands for the prompt and has no tokens of its own."""
+    """One segment, or what an environment said between two turns. The root stands for the prompt, without tokens."""
 
     parent: Node | None
     token_ids: array[int]
-    """Sampled tokens of this segment only, int32."""
+    """Tokens of this node only, int32."""
     logprobs: array[float]
-    """Log-probs of `token_ids` under the sampling distribution, same length, in the engine's float32."""
+    """Log-probs of `token_ids` under the sampling distribution, same length, in the engine's float32; empty where
+    nothing was sampled."""
     depth: int
-    """Segments from the root to here; 0 at the root. Both parts of a segment that was split have its depth."""
+    """Segments from the root to here; 0 at the root. Both parts of a segment that was split have its depth, and so
+    has the environment's node that follows it."""
     length: int
-    """Response tokens from the root to the end of this node."""
+    """Response tokens from the root to the end of this node, an environment's included."""
+    start: Node | None = field(default=None, repr=False)
+    """Where the turn that this node belongs to began, None at the root; see `turn_start`."""
+    turn: Any = field(default=None, repr=False)
+    """What begins at the end of this node, for whoever asks the hooks: None inside a turn."""
+    sampled: bool = True
+    """False for the tokens of an environment: they are never trained on."""
     entropies: list[float] | None = None
     """Entropy of the sampling distribution at each token in nats, where a policy asked for it."""
     id: int = 0
@@ -63,11 +71,21 @@ class Node:
     """What `token_ids` add to the response's text, None until somebody asked (the exact thing is the ids)."""
     text_state: Any = None
     """What the text checks know at the end of this node, None until somebody asked."""
-    def lineage(self) -> list[Node]:
-        """The nodes from the first segment to this one, without the root."""
+    @property
+    def begins_turn(self) -> bool:
+        """Whether a turn begins at its end: at the root, and after an environment."""
+        return not self.sampled or self.parent is None
+
+    @property
+    def turn_start(self) -> Node:
+        """The node at whose end the turn begins that goes on after this node."""
+        return self if self.begins_turn else self.start
+
+    def lineage(self, since: Node | None = None) -> list[Node]:
+        """The nodes from the first one after the root (or after `since`) to this one."""
         nodes = []
         node: Node | None = self
-        while node is not None and node.parent is not None:
+        while node is not since and node is not None and node.parent is not None:
             nodes.append(node)
             node = node.parent
         return nodes[::-1]
@@ -82,11 +100,16 @@ def response_logprobs(node: Node) -> list[float]:
     return [logprob for part in node.lineage() for logprob in part.logprobs]
 
 
+def sampled_tokens(node: Node) -> int:
+    """How many of the response tokens from the root to the end of `node` were sampled."""
+    return sum(len(part.token_ids) for part in node.lineage() if part.sampled)
+
+
 def last_ids(node: Node, count: int) -> list[int]:
-    """The last `count` response tokens up to the end of `node`, fewer where there are fewer."""
+    """The last `count` tokens of a turn up to the end of `node`, fewer where there are fewer."""
     tail: list[int] = []
-    current: Node | None = node
-    while current is not None and len(tail) < count:
+    current = node
+    while not current.begins_turn and len(tail) < count:
         tail = current.token_ids[len(tail) - count:].tolist() + tail
         current = current.parent
     return tail
@@ -105,6 +128,8 @@ class Path:
     """What failed, where `stop` is FAILED."""
     id: int = 0
     """1, 2, ... in the order in which paths started, the same for every order of the engine's answers; 0 before."""
+    outcome: Any = None
+    """What the hooks made of a trajectory, None where there was no hook to ask."""
 
 
 @dataclass(slots=True)
@@ -126,6 +151,12 @@ class TreeStats:
     fallbacks: int = 0
     """Branches that were started by fallback."""
     failures: int = 0
+    turns: int = 0
+    """Turns that began after an environment had spoken."""
+    environment_tokens: int = 0
+    """Tokens of the environments' nodes."""
+    replayed_turns: int = 0
+    """Turns that were played again to bring a fresh environment to where a fork starts (``fork_state: replay``)."""
 
 
 @dataclass(slots=True)
@@ -146,8 +177,28 @@ class Tree:
         """Append a segment below `parent`."""
         if len(token_ids) != len(logprobs):
             raise ValueError(f'{len(token_ids)} tokens with {len(logprobs)} log-probs in a segment of tree {self.id}.')
-        return Node(parent, array('i', token_ids), array('f', logprobs), parent.depth + 1,
-                    parent.length + len(token_ids), entropies)
+        return Node(
+            parent,
+            array('i', token_ids),
+            array('f', logprobs),
+            parent.depth + 1,
+            parent.length + len(token_ids),
+            parent.turn_start,
+            entropies=entropies)
+
+    def add_environment(self, parent: Node, token_ids: Sequence[int], turn: Any) -> Node:
+        """Append what an environment said below `parent`; `turn` begins after it."""
+        self.stats.turns += 1
+        self.stats.environment_tokens += len(token_ids)
+        return Node(
+            parent,
+            array('i', token_ids),
+            array('f'),
+            parent.depth,
+            parent.length + len(token_ids),
+            parent.turn_start,
+            turn,
+            sampled=False)
 
     def add_trajectory(self, path: Path, *, last: bool) -> None:
         """Append a finished path; the `last` one numbers the nodes, in the order in which trajectories visit them."""
@@ -162,7 +213,8 @@ class Tree:
                     node.id = number
 
     def node_at(self, path: Path, position: int) -> Node:
-        """The node at whose end `path` has `position` response tokens; a segment is split where it goes through one.
+        """The last node at whose end `path` has `position` response tokens; a segment is split where it goes through
+        one.
 
         Every trajectory through the segment then goes through both parts, so that two trajectories share exactly
         the tokens of the nodes that they share.
@@ -170,17 +222,25 @@ class Tree:
         node = path.leaf
         if not 0 <= position <= node.length:
             raise ValueError(f'position {position} of a path with {node.length} tokens.')
-        while node.parent is not None and node.parent.length >= position:
+        while node.length > position and node.parent.length >= position:
             node = node.parent
-        return node if node.length == position or node.parent is None else self._split(node, position)
+        return node if node.length == position else self._split(node, position)
 
     def _split(self, node: Node, position: int) -> Node:
         """Move the tokens of `node` before `position` to a new node above it, and return that."""
+        if not node.sampled:
+            raise ValueError(f'position {position} is inside what an environment said: no path can go on from there.')
         parent = node.parent
         count = position - parent.length
         entropies = node.entropies
-        upper = Node(parent, node.token_ids[:count], node.logprobs[:count], node.depth, position, entropies
-                     and entropies[:count])
+        upper = Node(
+            parent,
+            node.token_ids[:count],
+            node.logprobs[:count],
+            node.depth,
+            position,
+            node.start,
+            entropies=entropies and entropies[:count])
         node.parent = upper
         node.token_ids, node.logprobs = node.token_ids[count:], node.logprobs[count:]
         node.entropies = entropies and entropies[count:]

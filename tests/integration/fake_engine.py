@@ -8,6 +8,8 @@ from tests.builders import EOS, decode, sample
 from treepo_swift.engine import EngineInfo, Place, Prompt
 from treepo_swift.search import Segment
 
+SEPARATOR = ord('|')
+
 
 class FakeTokenizer:
     """What swift's scheduler base class asks of a tokenizer."""
@@ -16,6 +18,9 @@ class FakeTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         return list(text.encode())
+
+    def decode(self, ids: list[int], **kwargs: Any) -> str:
+        return decode(ids)
 
 
 class FakeEngine:
@@ -32,16 +37,22 @@ class FakeEngine:
         self.fails = fails
         self.inputs: list[list[int]] = []
         self.places: list[Place] = []
+        self.prompts: list[Prompt] = []
         self.requests = 0
         self.running = 0
         self.peak = 0
         self.calls = 0
 
     async def encode(self, request: Any) -> Prompt:
-        text = ''.join(message['content'] for message in request.messages)
-        if 'unencodable' in text:
-            raise ValueError('no such image')
-        return Prompt(list(text.encode()), {})
+        # The bytes of all messages; replies come as token ids, and what follows them begins with a separator.
+        ids: list[int] = []
+        for before, message in zip([None, *request.messages], request.messages):
+            content = message['content']
+            if 'unencodable' in content:
+                raise ValueError('no such image')
+            ids += [SEPARATOR] if before and before['role'] == 'assistant' else []
+            ids += content if isinstance(content, list) else list(content.encode())
+        return Prompt(ids, {}, {'images': list(request.images)} if request.images else {})
 
     async def begin_batch(self, request_config: Any, *, top_logprobs: int = 0) -> None:
         self.stop_strings = list(request_config.stop or [])
@@ -49,6 +60,7 @@ class FakeEngine:
     async def generate(self, prompt: Prompt, response_ids: Sequence[int], *, max_tokens: int, segment_tokens: int,
                        seed: int | None, place: Place) -> AsyncGenerator[Segment, None]:
         self.places.append(place)
+        self.prompts.append(prompt)
         self.requests += 1
         self.running += 1
         self.peak = max(self.peak, self.running)
@@ -79,5 +91,5 @@ class FakeEngine:
     def decode(self, token_ids: Sequence[int]) -> str:
         return decode(token_ids)
 
-    def completion(self, prompt: Prompt, response_ids: list[int]) -> str:
+    def completion(self, prompt: Prompt, response_ids: list[int], *, first: bool = True) -> str:
         return decode(response_ids)

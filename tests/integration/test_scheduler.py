@@ -294,13 +294,13 @@ def test_check_finished_sees_the_whole_turn_with_swifts_signature():
     assert all(a == b and reason in ('stop', 'length') and turn == 1 for a, b, reason, turn, _ in seen)
 
 
-def test_multi_turn_subclasses_are_refused_at_once():
-    class MultiTurn(TreeRolloutScheduler):
-        def step(self, infer_request, response_choice, current_turn):
-            return {}
+def test_a_scheduler_with_a_run_of_its_own_is_refused_at_once():
+    class Own(TreeRolloutScheduler):
+        async def run(self, infer_request, request_config, **kwargs):
+            return []
 
-    with pytest.raises(NotImplementedError, match='MultiTurn.step: TreeRolloutScheduler is single-turn'):
-        scheduler(cls=MultiTurn)
+    with pytest.raises(NotImplementedError, match='Own.run: trees .* would never call it'):
+        scheduler(cls=Own)
 
 
 def test_when_a_rollout_ends_nothing_of_it_is_alive():

@@ -109,6 +109,8 @@ ELSEWHERE = {
     'require_trainer': 'tests/integration/test_scheduler.py',
     'verify_weight_sync': 'tests/integration/test_trainer.py',
     'eval_trees': 'tests/integration/test_trainer.py',
+    'fork_at': 'tests/unit/test_search_turns.py::test_paths_fork_where_fork_at_says',
+    'fork_state': 'tests/integration/test_turns.py::test_state_forks_with_its_path_and_is_released',
 }
 
 

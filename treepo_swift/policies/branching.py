@@ -8,7 +8,7 @@ from typing import Protocol, Sequence
 
 from ..config import TreeConfig
 from ..registry import Registry
-from ..tree import Path
+from ..tree import Node, Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +50,31 @@ def logprob(live: Sequence[Path], total: int, context: BranchContext) -> list[in
 @branching_policies.register('entropy')
 def entropy(live: Sequence[Path], total: int, context: BranchContext) -> list[int]:
     """By a softmax over the mean token entropy of each path's last segment; high entropy is low certainty."""
-    if any(path.leaf.entropies is None for path in live):
+    lasts = [last_segment(path) for path in live]
+    if any(node.entropies is None for nodes in lasts for node in nodes):
         raise ValueError('branching: entropy needs an engine that returns top-k log-probs, and this one does not.')
-    scores = [-math.fsum(path.leaf.entropies) / max(len(path.leaf.entropies), 1) for path in live]
+    values = [[value for node in nodes for value in node.entropies] for nodes in lasts]
+    scores = [-math.fsum(entropies) / max(len(entropies), 1) for entropies in values]
     return share_out(softmax(scores, context), total, context.rng)
 
 
 def path_score(path: Path, kind: str) -> float:
     """``sum`` or ``mean`` of the path's log-probs, or the mean over its ``last_segment``; 0 without tokens."""
-    nodes = [path.leaf] if kind == 'last_segment' else path.leaf.lineage()
+    nodes = last_segment(path) if kind == 'last_segment' else path.leaf.lineage()
     total = math.fsum(value for node in nodes for value in node.logprobs)
     return total if kind == 'sum' else total / max(sum(len(node.logprobs) for node in nodes), 1)
+
+
+def last_segment(path: Path) -> list[Node]:
+    """The parts of what was sampled last, before what an environment may have said to it; empty where nothing was."""
+    node = path.leaf
+    while not node.sampled:
+        node = node.parent
+    parts = []
+    while node.parent is not None and node.sampled and node.depth == (parts or [node])[0].depth:
+        parts.append(node)
+        node = node.parent
+    return parts[::-1]
 
 
 def softmax(scores: Sequence[float], context: BranchContext) -> list[float]:

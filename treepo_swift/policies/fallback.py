@@ -8,7 +8,7 @@ from typing import Protocol, Sequence
 
 from ..config import TreeConfig
 from ..registry import Registry
-from ..tree import Path, StopReason, response_logprobs
+from ..tree import Node, Path, StopReason
 
 REASONS = {
     'answer_or_eos': (StopReason.ANSWER, StopReason.EOS),
@@ -61,16 +61,23 @@ def random_block(path: Path, context: CutContext) -> int:
 @cut_policies.register('min_logprob_token')
 def min_logprob_token(path: Path, context: CutContext) -> int:
     """Before the least probable token, which is sampled anew."""
-    logprobs = response_logprobs(path.leaf)
-    return min(range(context.low, context.high + 1), key=logprobs.__getitem__)
+    logprobs = _logprobs_by_position(path)
+    sampled = [position for position in range(context.low, context.high + 1) if logprobs[position] is not None]
+    return min(sampled, key=logprobs.__getitem__, default=context.low)
 
 
 @cut_policies.register('logprob_block')
 def logprob_block(path: Path, context: CutContext) -> int:
     """The beginning of a block of `fallback_block` tokens, drawn by a softmax over the blocks' mean log-probs."""
-    logprobs, block = response_logprobs(path.leaf), context.config.fallback_block
-    starts = list(range(context.low, context.high + 1, block))
-    means = [math.fsum(part) / len(part) for part in (logprobs[start:start + block] for start in starts)]
+    logprobs, block = _logprobs_by_position(path), context.config.fallback_block
+    starts, means = [], []
+    for start in range(context.low, context.high + 1, block):
+        known = [value for value in logprobs[start:start + block] if value is not None]
+        if known:
+            starts.append(start)
+            means.append(math.fsum(known) / len(known))
+    if not starts:
+        return context.low
     sign = -1.0 if context.config.fallback_favour == 'low' else 1.0
     top = max(sign * mean for mean in means)
     return context.rng.choices(starts, [math.exp(sign * mean - top) for mean in means])[0]
@@ -90,11 +97,55 @@ def candidates(trajectories: Sequence[Path], config: TreeConfig, rng: random.Ran
 
 def cut_context(path: Path, config: TreeConfig, rng: random.Random) -> CutContext:
     """The range in which `path` may be cut, so that its new branch has a token and a depth left to grow."""
-    ends = [(0, 0)] + [(node.length, node.depth) for node in path.leaf.lineage()]
-    allowed = [length for length, depth in ends if depth < config.max_depth and length < path.leaf.length]
-    high = path.leaf.length - 1 if path.leaf.depth < config.max_depth else allowed[-1]
+    leaf, nodes = path.leaf, _from_root(path)
+    allowed = [
+        node.length for node, after in zip(nodes, nodes[1:])
+        if _may_branch(node, after, config) and node.length < leaf.length and _is_boundary(node, after, config)
+    ]
+    high = leaf.length - 1 if _may_grow(leaf, config) else allowed[-1]
     low = 0
     if config.fallback_window:
-        low = max(length for length, depth in ends if depth <= max(path.leaf.depth - config.fallback_window, 0))
-        low = min(low, high)
-    return CutContext(config, rng, low, high, [length for length in allowed if length >= low] or [low])
+        low = max(node.length for node in nodes if node.depth <= max(leaf.depth - config.fallback_window, 0))
+        low = min(low, allowed[-1])
+    return CutContext(config, rng, low, high, [length for length in allowed if length >= low])
+
+
+def next_start(path: Path, position: int, config: TreeConfig) -> int:
+    """`position`, or the beginning of the next turn where no branch can begin there: a turn that has ended is not
+    sampled on, and what an environment said is not cut."""
+    nodes = _from_root(path)
+    node, after = next((n, m) for n, m in zip(nodes, nodes[1:]) if n.length <= position < m.length)
+    if position == node.length:
+        fine = _may_branch(node, after, config)
+    else:
+        fine = after.sampled and _may_grow(after, config)
+    if fine:
+        return position
+    return next(n.length for n in nodes if n.length > position and not n.sampled)
+
+
+def _from_root(path: Path) -> list[Node]:
+    nodes = path.leaf.lineage()
+    return [nodes[0].parent, *nodes]
+
+
+def _may_grow(node: Node, config: TreeConfig) -> bool:
+    """Whether the depth limit of its turn lets a segment follow."""
+    return node.depth - node.turn_start.depth < config.max_depth
+
+
+def _may_branch(node: Node, after: Node, config: TreeConfig) -> bool:
+    """Whether something else may be sampled behind `node` than what follows it: not where a turn has ended."""
+    return (after.sampled or node.begins_turn) and _may_grow(node, config)
+
+
+def _is_boundary(node: Node, after: Node, config: TreeConfig) -> bool:
+    """Whether a segment ends here, and paths may fork here by `fork_at`; at the root they always may."""
+    if node.depth == after.depth and node.sampled and after.sampled:
+        return False  # two parts of a segment: where other paths have split it is a matter of time
+    return node.parent is None or config.fork_at == 'both' or (config.fork_at == 'turn') == node.begins_turn
+
+
+def _logprobs_by_position(path: Path) -> list[float | None]:
+    """Of every response token, None for an environment's."""
+    return [value for node in path.leaf.lineage() for value in node.logprobs or [None] * len(node.token_ids)]
