@@ -17,6 +17,9 @@ ENV_PREFIX = 'TREEPO_'
 CONFIG_ENV = 'TREEPO_CONFIG'
 """Path of a YAML file with `TreeConfig` fields."""
 
+KV_BLOCK = 16
+"""Tokens of vLLM's usual KV block, which a segment should fill."""
+
 
 class ConfigError(ValueError):
     """A setting that is unknown, of the wrong type, or impossible together with another."""
@@ -295,6 +298,18 @@ class TreeConfig:
             cls._check({key: value}, where=f'environment variable {name}')
             values[key] = value
         return cls.from_dict(values)
+
+    @classmethod
+    def load_for(cls, max_response: int, environ: Mapping[str, str] | None = None) -> TreeConfig:
+        """Like `load`, for turns of at most `max_response` tokens: where nothing says how long segments are and how
+        many, D segments share that length out."""
+        config = cls.load(environ)
+        default = cls()
+        if ((config.segment_length, config.max_depth) != (default.segment_length, default.max_depth)
+                or config.max_response_tokens <= max_response or max_response < config.max_depth):
+            return config
+        length = max_response // config.max_depth
+        return dataclasses.replace(config, segment_length=length // KV_BLOCK * KV_BLOCK or length)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `from_dict` takes them and JSON can carry them."""

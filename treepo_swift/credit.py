@@ -16,6 +16,15 @@ def is_placeholder(report: dict[str, Any]) -> bool:
     return StopReason(report['stop']).is_placeholder
 
 
+def set_missing_gym_rewards(infos: Sequence[dict[str, Any]]) -> None:
+    """Say nan where an environment gave no reward, because swift reads ``total_reward`` of every sample.
+
+    `find_reward_fault` then names a trajectory that should have had one; placeholders have played nothing.
+    """
+    for info in infos:
+        info.setdefault('total_reward', math.nan)
+
+
 def find_reward_fault(rewards: torch.Tensor, weights: torch.Tensor, names: Sequence[str],
                       reports: Sequence[dict[str, Any]]) -> tuple[int, str] | None:
     """The first sample without a finite total reward, and what was returned for it.

@@ -6,6 +6,8 @@ import inspect
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable
 
+from .thread_safety import let_math_verify_run_in_threads
+
 MAX_HOOK_THREADS = 256
 """swift's worker shares asyncio's default executor with its command pipe, so hooks get threads of their own."""
 
@@ -17,6 +19,7 @@ class HookError(RuntimeError):
 class HookRunner:
     """Calls hooks, sync ones in a thread pool and async ones on the loop, each with a deadline."""
     def __init__(self) -> None:
+        let_math_verify_run_in_threads()
         self._pool = ThreadPoolExecutor(MAX_HOOK_THREADS, thread_name_prefix='treepo-hook')
 
     async def call(self, hook: Callable[..., Any], *args: Any, timeout: float, where: str, name: str = '') -> Any:

@@ -2,19 +2,24 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 
 from . import cpu, versions
 from .config import TreeConfig
 
-SCHEDULER_NAMES = ('treepo', 'tree_rollout_scheduler')
-"""The second is the name of ms-swift's own example plugin, so that scripts written for it work."""
+SCHEDULERS = {
+    'treepo': 'treepo_swift.scheduler.TreeRolloutScheduler',
+    'treepo_gym': 'treepo_swift.gym.TreeGymScheduler',
+    'tree_rollout_scheduler': 'treepo_swift.recheck.RecheckScheduler',
+}
+"""The last has the name of ms-swift's own example plugin, and does what that does."""
 TRAINER_PATH = 'treepo_swift.trainer.TreeGRPOTrainer'
 TRAINING_ARGS_PATH = 'treepo_swift.trainer.TreeGRPOConfig'
 
 
 def register() -> None:
-    """Make ``--multi_turn_scheduler treepo`` known and let ``--rlhf_type grpo`` use `TreeGRPOTrainer`.
+    """Make the `SCHEDULERS` known and let ``--rlhf_type grpo`` use `TreeGRPOTrainer`.
 
     Raises:
         ConfigError: a setting is unknown, ill-typed or does not fit.
@@ -26,9 +31,9 @@ def register() -> None:
     from swift.rollout import multi_turns
     from swift.trainers.trainer_factory import TrainerFactory
 
-    from .scheduler import TreeRolloutScheduler
-    for name in SCHEDULER_NAMES:
-        multi_turns[name] = TreeRolloutScheduler
+    for name, path in SCHEDULERS.items():
+        module, _, scheduler = path.rpartition('.')
+        multi_turns[name] = getattr(importlib.import_module(module), scheduler)
     # swift imports both by their paths when it needs them.
     TrainerFactory.TRAINER_MAPPING['grpo'] = TRAINER_PATH
     TrainerFactory.TRAINING_ARGS_MAPPING['grpo'] = TRAINING_ARGS_PATH

@@ -14,6 +14,7 @@ from typing import Any, Awaitable, Callable, Sequence
 
 from swift.infer_engine.protocol import ChatCompletionResponseChoice, RequestConfig, RolloutInferRequest, RolloutOutput
 from swift.rollout import MultiTurnScheduler
+from swift.rollout.multi_turn import GYMScheduler
 from swift.utils import get_logger
 from tqdm import tqdm
 
@@ -23,6 +24,7 @@ from .engine import EngineCounters, Prompt, SegmentEngine, VllmSegmentEngine, ch
 from .grouping import Group, group_requests, prompt_key
 from .growing import CpuClock, TreeGrower
 from .hooks import HookError, HookRunner
+from .migrating import check_hooks, refuse_moved
 from .outputs import OutputWriter, PlainOutputs, RolloutError, RolloutFailure
 from .packing import PackedOutputs
 from .policies.stopping import TextChecker, text_verdict
@@ -82,7 +84,11 @@ class TreeRolloutScheduler(MultiTurnScheduler):
                  segment_engine: SegmentEngine | None = None,
                  **kwargs: Any) -> None:
         """swift passes `infer_engine`; give a `segment_engine` instead to run on an engine of your own."""
+        check_hooks(type(self))
         super().__init__(infer_engine, max_turns, *args, **kwargs)
+        if kwargs.get('use_gym_env') and not isinstance(self, GYMScheduler):
+            raise ConfigError(f'--use_gym_env true: {type(self).__name__} plays no environment. Use '
+                              '--multi_turn_scheduler treepo_gym, or a subclass of treepo_swift.gym.TreeGymScheduler.')
         if type(self).run is not MultiTurnScheduler.run:
             raise NotImplementedError(f'{type(self).__name__}.run: trees take many paths at once and would never call '
                                       'it. Override `step` and `check_finished` instead.')
@@ -424,6 +430,10 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(f'treepo: {message}')
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_moved(type(self), name)
+        super().__setattr__(name, value)
 
     def __getattr__(self, key: str) -> Any:
         # swift's base class answers None for names that do not exist, which turns typos into silence.

@@ -14,11 +14,12 @@ from swift.utils import get_logger, is_master
 from .advantage import check_estimator, is_segment_level
 from .compatibility import check_options
 from .config import ConfigError, TreeConfig
-from .credit import Segments, find_reward_fault, is_placeholder, settle_placeholders, spread_segments, tree_advantages
+from .credit import (Segments, find_reward_fault, is_placeholder, set_missing_gym_rewards, settle_placeholders,
+                     spread_segments, tree_advantages)
 from .handshake import find_trees, probe_servers
 from .metrics import tree_metrics
 from .packing import accept_packed
-from .plugin import SCHEDULER_NAMES
+from .plugin import SCHEDULERS
 from .policies.branching import expected_saving
 from .transport import REPORT_KEY, REQUEST_KEY, RequestNote
 from .weight_sync import MAX_PROBE_TOKENS, PROBE_TEXT, WeightSyncError, WeightSyncProof
@@ -39,9 +40,9 @@ class TreeGRPOConfig(GRPOConfig):
             raise ConfigError('--use_cpu true with --deepspeed: accelerate would leave DeepSpeed out without a word. '
                               'Leave --use_cpu out (and ACCELERATE_USE_CPU), and set DS_ACCELERATOR=cpu.')
         super().__post_init__()
-        config = TreeConfig.load()
+        config = TreeConfig.load_for(self.max_completion_length)
         check_estimator(config.estimator)
-        if self.vllm_mode == 'colocate' and getattr(self, 'multi_turn_scheduler', None) in SCHEDULER_NAMES:
+        if self.vllm_mode == 'colocate' and getattr(self, 'multi_turn_scheduler', None) in SCHEDULERS:
             raise ConfigError('--vllm_mode colocate: trees grow in `swift rollout` only, which is --vllm_mode server.')
         self.tree_engines: list[tuple[str, dict[str, Any]]] = []
         """(url, engine info) of every server if they grow trees; known on the main process only."""
@@ -67,7 +68,7 @@ class TreeGRPOTrainer(GRPOTrainer):
     trajectory leaves it to swift to spread it over tokens (`_postprocess_batch`); for one per segment we do.
     """
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.tree_config = TreeConfig.load()
+        self.tree_config = TreeConfig.load_for(kwargs['args'].max_completion_length)
         self.grows_trees = False
         self._sync_proof: WeightSyncProof | None = None
         self._rounds: list[tuple[list[dict[str, Any]], list[float]]] = []
@@ -205,6 +206,8 @@ class TreeGRPOTrainer(GRPOTrainer):
 
     def _compute_rewards_per_func(self, samples: list[Any]) -> torch.Tensor:
         """Rewards of one rollout over all ranks [N, functions], checked; remembers the rollout for the metrics."""
+        if self.use_gym_env and self.grows_trees:
+            set_missing_gym_rewards([sample.rollout_infos for sample in samples])
         rewards = super()._compute_rewards_per_func(samples)
         reports = self._gather_reports(samples)
         if reports is None:

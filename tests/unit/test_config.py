@@ -98,3 +98,11 @@ def test_every_field_has_documentation_and_reference_is_current():
     assert all(field.metadata['doc'] for field in dataclasses.fields(TreeConfig))
     page = Path(__file__).parents[2] / 'docs' / 'configuration.md'
     assert reference() in page.read_text(), 'run: treepo-swift config --reference, and paste it into the page'
+
+
+def test_segments_share_out_the_response_where_nothing_says_how_long_they_are():
+    fitted = TreeConfig.load_for(2048, {})
+    assert (fitted.segment_length, fitted.max_depth) == (144, 14)
+    assert TreeConfig.load_for(100, {}).segment_length == 7 and TreeConfig.load_for(8192, {}) == TreeConfig()
+    asked = TreeConfig.load_for(2048, {'TREEPO_MAX_DEPTH': '6'})
+    assert (asked.segment_length, asked.max_depth) == (512, 6)

@@ -60,6 +60,6 @@ def _no_foreign_torchvision() -> str:
 
 
 def _plugin() -> str:
-    from ..plugin import SCHEDULER_NAMES, register
+    from ..plugin import SCHEDULERS, register
     register()
-    return f'registers scheduler {" and ".join(SCHEDULER_NAMES)}, trainer for --rlhf_type grpo'
+    return f'registers the schedulers {", ".join(SCHEDULERS)} and the trainer for --rlhf_type grpo'
