@@ -54,13 +54,14 @@ def make_search(config: TreeConfig,
                 prompt_ids: list[int] | None = None,
                 max_response: int = 10**6,
                 max_context: int = 10**6,
+                max_turns: int | None = None,
                 seed: int = 0) -> TreeSearch:
     return TreeSearch(
         config,
         tree_id='t',
         prompt_ids=[65, 66] if prompt_ids is None else prompt_ids,
         width=width,
-        limits=Limits(max_response, max_context),
+        limits=Limits(max_response, max_context, max_turns),
         rng=random.Random(seed))
 
 

@@ -161,7 +161,8 @@ class TreeConfig:
     entropy_top_k: int = _knob(20, _number(int, 1), 'Log-probs per token from which `entropy` estimates.')
     pacing: str | tuple[tuple[int, int], ...] = _knob(
         'eager', _pacing, 'When forks may happen: `eager` (as soon as the budget allows, the paper), `even` (spread '
-        'over all depths, which saves most tokens), or `{depth: width}`: at most so many paths from that depth on.')
+        'over all depths, which saves most tokens), or `{depth: width}`: at most so many paths from that depth on. With '
+        '`fork_at: turn` a depth is a turn, and the last is `--max_turns` of `swift rollout`.')
 
     budget: str = _knob(
         'by_width', _choice('by_width', 'by_segment_tokens', 'by_trajectory_tokens'),
@@ -256,6 +257,9 @@ class TreeConfig:
             raise ConfigError(f'fallback_start=\'early\' with budget={self.budget!r}: its branches start beside live '
                               'paths and would take their tokens. Use budget: by_width, or fallback_start: idle.')
 
+        if self.fork_at == 'turn' and self.fallback_start == 'early':
+            raise ConfigError('fork_at=\'turn\' with fallback_start=\'early\': how many trajectories live paths can '
+                              'still make is known for segments only. Use fallback_start: idle.')
         inside = ('random_token', 'random_block', 'min_logprob_token', 'logprob_block')
         if self.fork_at == 'turn' and self.fallback in inside:
             raise ConfigError(f'fork_at=\'turn\' with fallback={self.fallback!r}: it cuts inside turns. Use fallback: '

@@ -232,6 +232,9 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         config.check_fits(info.max_model_len, '--vllm_max_model_len')
         check_policies(config)
         TextChecker(config)
+        if config.fork_at == 'turn' and config.pacing == 'even' and not self.max_turns:
+            raise ConfigError('pacing=\'even\' with fork_at=\'turn\': forks are spread over the turns, whose number '
+                              'nobody gave. Start `swift rollout` with --max_turns, or set pacing to {turn: width}.')
         if config.branching == 'entropy' and config.entropy_top_k > info.max_logprobs:
             raise ConfigError(f'entropy_top_k={config.entropy_top_k}: this server returns at most {info.max_logprobs} '
                               'log-probs per token. Lower it, or start `swift rollout` with --vllm_engine_kwargs '
@@ -283,7 +286,7 @@ class TreeRolloutScheduler(MultiTurnScheduler):
             tree_id=request.uuid or f'tree-{group.members[0]}',
             prompt_ids=[],
             width=len(group.members),
-            limits=Limits(max_response, info.max_model_len),
+            limits=Limits(max_response, info.max_model_len, self.max_turns),
             rng=rng,
             progress=note.progress)
         talk, prompt = self._talk(search), Prompt([], {})

@@ -15,7 +15,7 @@ from .config import TreeConfig
 from .policies import fallback
 from .policies.branching import BranchContext, branching_policies, most_leaves, next_width, paced_width
 from .policies.stopping import first_reason
-from .tree import Node, Path, StopReason, Tree, sampled_tokens
+from .tree import Node, Path, StopReason, Tree, sampled_tokens, turns_before
 
 MAX_FAILURES_PER_WIDTH = 2
 """A tree gives up and fills itself with placeholders after this many failed segments per wanted trajectory."""
@@ -71,6 +71,8 @@ class Limits:
     """What may be sampled in one turn."""
     max_context: int
     """Prompt and all turns together (the engine's model length)."""
+    max_turns: int | None = None
+    """None where they have no limit of their own."""
 
 
 @dataclass(slots=True)
@@ -180,7 +182,7 @@ class TreeSearch:
                          f'{self.limits.max_context} in all, so that no room is left for a response')
             return []
         first = min(self._draw(self.config.root_divergence), self.width)
-        first = min(first, paced_width(self.config, width=self.width, depth=1, first=first))
+        first = min(first, self._paced_width(self.tree.root, first))
         self._first = min(first, self._affordable([Path(self.tree.root)], share))
         self.tree.stats.forks += self._first - 1
         return self._launch([Path(self.tree.root) for _ in range(self._first)])
@@ -375,8 +377,7 @@ class TreeSearch:
     def _share_out(self, forking: list[Path], live: int, share: int | None) -> list[int]:
         """How many branches each of `forking` has, which are some or all of the `live` paths."""
         finished = len(self.tree.trajectories) + live - len(forking)
-        depth = 1 + max(path.leaf.depth for path in forking)
-        cap = min(self.width, paced_width(self.config, width=self.width, depth=depth, first=self._first))
+        cap = min(self.width, max(self._paced_width(path.leaf, self._first) for path in forking))
         total = next_width(
             live=len(forking),
             finished=finished,
@@ -388,6 +389,13 @@ class TreeSearch:
             raise ValueError(f'branching policy {self.config.branching!r} returned {counts} for {len(forking)} live '
                              f'paths and {total} branches: it must give every path at least one, and all of them out.')
         return counts
+
+    def _paced_width(self, node: Node, first: int) -> int:
+        """Most paths that may exist while what follows `node` grows."""
+        by_turn = self.config.fork_at == 'turn'
+        depth = 1 + (turns_before(node) if by_turn else node.depth)
+        last = self.limits.max_turns if by_turn else self.config.max_depth
+        return paced_width(self.config, width=self.width, depth=depth, first=first, last=last)
 
     def _fall_back(self, share: int | None) -> list[SegmentRequest]:
         missing = self.width - len(self.tree.trajectories)

@@ -96,9 +96,11 @@ class TreeGRPOTrainer(GRPOTrainer):
             directory = Path(self.args.output_dir)
             directory.mkdir(parents=True, exist_ok=True)
             (directory / CONFIG_FILE).write_text(config.to_yaml())
-            saving = expected_saving(config, self.num_generations)
-            logger.info(f'treepo: trees of width {self.num_generations}, config in {directory / CONFIG_FILE}. Where '
-                        f'paths use their whole length, they decode {saving:.0%} fewer tokens than one by one.')
+            logger.info(f'treepo: trees of width {self.num_generations}, config in {directory / CONFIG_FILE}.')
+            if config.fork_at != 'turn':
+                saving = expected_saving(config, self.num_generations)
+                logger.info('treepo: where paths use the whole length of one turn, trees decode '
+                            f'{saving:.0%} fewer tokens than independent sampling.')
             logger.info(f'treepo: advantages by estimator={config.estimator!r} and normalisation='
                         f'{config.normalisation!r}; --scale_rewards applies to samples without a tree only.')
 

@@ -105,6 +105,14 @@ def sampled_tokens(node: Node) -> int:
     return sum(len(part.token_ids) for part in node.lineage() if part.sampled)
 
 
+def turns_before(node: Node) -> int:
+    """How many turns have ended on the way to the one that goes on after `node`."""
+    start, turns = node.turn_start, 0
+    while start.parent is not None:
+        start, turns = start.start, turns + 1
+    return turns
+
+
 def last_ids(node: Node, count: int) -> list[int]:
     """The last `count` tokens of a turn up to the end of `node`, fewer where there are fewer."""
     tail: list[int] = []

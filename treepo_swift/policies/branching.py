@@ -125,17 +125,18 @@ def next_width(*, live: int, finished: int, ended: int, width: int, divergence: 
     return max(live, min(width - finished, divergence * live + divergence * ended))
 
 
-def paced_width(config: TreeConfig, *, width: int, depth: int, first: int) -> int:
-    """Most paths, finished ones included, that may exist while segments of `depth` (1 to D) grow.
+def paced_width(config: TreeConfig, *, width: int, depth: int, first: int, last: int | None = None) -> int:
+    """Most paths, finished ones included, that may exist while segments of `depth` (1 to `last`: D) grow.
 
-    `first` is the number of branches that the root gave.
+    `first` is the number of branches that the root gave. Where only turns fork, `depth` counts turns.
     """
+    last = last or config.max_depth
     if config.pacing == 'eager':
         return width
     if config.pacing == 'even':
-        if config.max_depth == 1:
+        if depth >= last:
             return width
-        return first + round((width - first) * (depth - 1) / (config.max_depth - 1))
+        return first + round((width - first) * (depth - 1) / (last - 1))
     reached = [paths for start, paths in config.pacing if start <= depth]
     return min(width, reached[-1]) if reached else width
 
