@@ -60,6 +60,15 @@ class TreeGRPOConfig(GRPOConfig):
             check_options(self, config)
 
 
+def train_on_samples_only(template: Any) -> None:
+    """Keep the loss mask that came with a rollout.
+
+    swift trains on a template's end-of-turn tokens wherever they follow a trained one, also where nobody sampled them:
+    behind a turn that reached its limit, or where an agent template writes them again before a tool's result.
+    """
+    template._add_dynamic_eos = lambda *args: None
+
+
 class TreeGRPOTrainer(GRPOTrainer):
     """Trains GRPO on trees: asks the server for them, and the registry for their advantages.
 
@@ -88,6 +97,7 @@ class TreeGRPOTrainer(GRPOTrainer):
             return
         if self.template.sequence_parallel_size > 1:
             raise ConfigError('--sequence_parallel_size > 1 is not supported with trees in this version.')
+        train_on_samples_only(self.template)
         config = self.tree_config
         if config.verify_weight_sync:
             self._sync_proof = WeightSyncProof(str(next(self.model.parameters()).dtype))

@@ -334,7 +334,9 @@ class Conversation:
         """The next turn's prompt: replies as the tokens that they are, the rest by the template."""
         request = _copy(turn.request, turn.request.uuid)
         for index, replies in turn.replies():
-            request.messages[index]['content'] = [*self._prefix, *(token for reply in replies for token in reply.ids)]
+            ids = [*self._prefix, *(token for reply in replies for token in reply.ids)]
+            # Not as a list, which agent templates take for a list of texts.
+            request.messages[index]['content'] = {'token_ids': ids}
         try:
             return await self._engine.encode(request)
         except Exception as e:

@@ -4,6 +4,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any, AsyncGenerator, Callable, Sequence
 
+from swift.template.utils import get_token_backed_response_ids
+
 from tests.builders import EOS, decode, sample
 from treepo_swift.engine import EngineInfo, Place, Prompt
 from treepo_swift.search import Segment
@@ -50,8 +52,9 @@ class FakeEngine:
             content = message['content']
             if 'unencodable' in content:
                 raise ValueError('no such image')
+            reply = get_token_backed_response_ids(content)
             ids += [SEPARATOR] if before and before['role'] == 'assistant' else []
-            ids += content if isinstance(content, list) else list(content.encode())
+            ids += list(content.encode()) if reply is None else reply
         return Prompt(ids, {}, {'images': list(request.images)} if request.images else {})
 
     async def begin_batch(self, request_config: Any, *, top_logprobs: int = 0) -> None:
