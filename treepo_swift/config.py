@@ -161,8 +161,8 @@ class TreeConfig:
     entropy_top_k: int = _knob(20, _number(int, 1), 'Log-probs per token from which `entropy` estimates.')
     pacing: str | tuple[tuple[int, int], ...] = _knob(
         'eager', _pacing, 'When forks may happen: `eager` (as soon as the budget allows, the paper), `even` (spread '
-        'over all depths, which saves most tokens), or `{depth: width}`: at most so many paths from that depth on. With '
-        '`fork_at: turn` a depth is a turn, and the last is `--max_turns` of `swift rollout`.')
+        'over all depths, which saves most tokens), or `{depth: width}`: at most so many paths from that depth on. '
+        'With `fork_at: turn` a depth is a turn, and the last is `--max_turns` of `swift rollout`.')
 
     budget: str = _knob(
         'by_width', _choice('by_width', 'by_segment_tokens', 'by_trajectory_tokens'),

@@ -8,8 +8,5 @@ from .scheduler import TreeRolloutScheduler
 
 class TreeGymScheduler(TreeRolloutScheduler, GYMScheduler):
     """`GYMScheduler` whose environments fork with their paths: one `reset` a tree, then a copy for every turn."""
-
-    trajectory_state = ('_envs', '_total_rewards', '_step_rewards', '_pending_obs')
-
     async def release_state(self, state_id: str) -> None:
         await self._close_and_remove(state_id)

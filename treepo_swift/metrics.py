@@ -37,6 +37,9 @@ def tree_metrics(reports: Sequence[dict[str, Any]],
         'tree/forks': total.get('forks', 0),
         'tree/fallbacks': total.get('fallbacks', 0),
         'tree/failures': total.get('failures', 0),
+        'tree/turns': total.get('turns', 0),
+        'tree/environment_tokens': total.get('environment_tokens', 0),
+        'tree/replayed_turns': total.get('replayed_turns', 0),
         'tree/depth': sum(report['depth'] for report in reports) / len(reports),
         **{
             f'tree/stop/{reason.value}': stops[reason.value] / len(reports)

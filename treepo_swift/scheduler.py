@@ -33,7 +33,7 @@ from .tasks import Rendezvous, all_or_cancel, calm_garbage_collection
 from .text import PathReader
 from .transport import REQUEST_KEY, RequestNote
 from .tree import Path, StopReason
-from .turns import Conversation, overridden_hooks
+from .turns import TURN_HOOKS, Conversation, overridden_hooks
 
 logger = get_logger()
 
@@ -75,8 +75,9 @@ class TreeRolloutScheduler(MultiTurnScheduler):
     for a trajectory under ``infer_request.uuid`` therefore has to fork too, see `trajectory_state`.
     """
 
-    trajectory_state: tuple[str, ...] = ()
-    """Names of dict attributes that hold something for each trajectory under ``infer_request.uuid``."""
+    trajectory_state: tuple[str, ...] | None = None
+    """Names of the dict attributes whose values under ``infer_request.uuid`` fork with a path; None: of all that have
+    the uuid among their keys."""
     def __init__(self,
                  infer_engine: Any = None,
                  max_turns: int | None = None,
@@ -101,6 +102,8 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         self._warned: set[str] = set()
         self._clock = CpuClock()
         self._forecast = Forecast()
+        self._talks: list[Conversation] = []
+        """Of the rollout that runs."""
 
     # Override these. They may be plain or async functions; a plain one runs in a thread of its own. With them come
     # `step`, `on_trajectory_start` (once a tree) and `on_turn_end` of the base class.
@@ -130,10 +133,8 @@ class TreeRolloutScheduler(MultiTurnScheduler):
 
         `parent_id` stays as it is, for other paths to start from. Both are what hooks see as ``infer_request.uuid``.
         """
-        for name in self.trajectory_state:
+        for name in self.state_attributes(parent_id):
             states = getattr(self, name)
-            if parent_id not in states:
-                continue
             try:
                 states[child_id] = copy.deepcopy(states[parent_id])
             except Exception as e:
@@ -142,7 +143,7 @@ class TreeRolloutScheduler(MultiTurnScheduler):
 
     def release_state(self, state_id: str) -> None:
         """Called once for each state when no path can start from it any more."""
-        for name in self.trajectory_state:
+        for name in self.state_attributes(state_id):
             getattr(self, name).pop(state_id, None)
 
     # Machinery below.
@@ -172,7 +173,7 @@ class TreeRolloutScheduler(MultiTurnScheduler):
             ConfigError: a setting is unknown or does not fit the engine.
         """
         started = time.perf_counter()
-        self._clock = CpuClock()
+        self._clock, self._talks = CpuClock(), []
         if self._engine is None:
             raise RolloutError(
                 'TreeRolloutScheduler has no engine: trees need `--vllm_mode server` and `swift rollout`.')
@@ -198,10 +199,13 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         self._reader = PathReader(self._engine.decode, TextChecker(self.config), self._engine.stop_strings)
         counted = self._engine.counters()
         outputs = PackedOutputs() if notes[0].packed else PlainOutputs()
-        trees = await asyncio.gather(*(self._plant(group, requests, notes, request_config) for group in groups))
         shown = len(requests) > 1 if use_tqdm is None else use_tqdm
-        with tqdm(total=len(requests), desc='trajectories', dynamic_ncols=True, disable=not shown) as bar:
-            failures = await self._grow(trees, requests, outputs, request_config.seed is not None, bar.update)
+        try:
+            trees = await asyncio.gather(*(self._plant(group, requests, notes, request_config) for group in groups))
+            with tqdm(total=len(requests), desc='trajectories', dynamic_ncols=True, disable=not shown) as bar:
+                failures = await self._grow(trees, requests, outputs, request_config.seed is not None, bar.update)
+        finally:
+            await self._release_states(self._talks)
         self._check_failures(failures, len(requests))
         if notes[0].mode == 'tree':
             outputs.batch = {
@@ -300,9 +304,9 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         return _Planted(group, request, note, prompt, search, talk)
 
     def _talk(self, search: TreeSearch) -> Conversation | None:
-        if not self._asked:
+        if not self._asked & {*TURN_HOOKS}:
             return None
-        return Conversation(
+        talk = Conversation(
             self,
             self._asked,
             search,
@@ -310,20 +314,25 @@ class TreeRolloutScheduler(MultiTurnScheduler):
             hooks=self._hooks,
             config=self.config,
             prefix=lambda request: self._writer.prefix(request)[0])
+        self._talks.append(talk)
+        return talk
 
-    @property
-    def has_state(self) -> bool:
-        """Whether there is something that must fork with a path."""
-        if self.config.fork_state == 'copy':
-            return bool(self.trajectory_state) or type(self).fork_state is not TreeRolloutScheduler.fork_state
-        return bool(self.trajectory_state) or 'on_trajectory_start' in self._asked
+    async def _release_states(self, talks: list[Conversation]) -> None:
+        """What goes wrong here is told, and hurts nobody any more."""
+        for talk in talks:
+            for error in await talk.release():
+                self._warn_once(f'{type(error).__name__}: {error}')
+
+    def state_attributes(self, state_id: str) -> list[str]:
+        """Names of the dict attributes that hold something for a state."""
+        names = list(vars(self)) if self.trajectory_state is None else self.trajectory_state
+        return [name for name in names if isinstance(getattr(self, name), dict) and state_id in getattr(self, name)]
 
     def move_state(self, parent_id: str, child_id: str) -> None:
         """Let a child take its parent's state over, which nobody needs any more."""
-        for name in self.trajectory_state:
+        for name in self.state_attributes(parent_id):
             states = getattr(self, name)
-            if parent_id in states:
-                states[child_id] = states.pop(parent_id)
+            states[child_id] = states.pop(parent_id)
 
     async def _grow(self, trees: list[_Planted], requests: Sequence[RolloutInferRequest],
                     outputs: PlainOutputs | PackedOutputs, seeded: bool, progress: Callable[[int],
@@ -346,12 +355,9 @@ class TreeRolloutScheduler(MultiTurnScheduler):
                 seeded=seeded,
                 warn=self._warn_once,
                 progress=progress)
-            try:
-                async with admission.place(partial(self._expected_tokens, tree)) as place:
-                    await grower.run(place, sharing if tree.shares_budget else None)
-            finally:
-                if tree.talk:
-                    await tree.talk.release(self._warn_once)
+            async with admission.place(partial(self._expected_tokens, tree)) as place:
+                await grower.run(place, sharing if tree.shares_budget else None)
+            await self._release_states([tree.talk] if tree.talk else [])
             with self._clock:
                 failures.update(p.error for p in tree.search.tree.trajectories if p.stop is StopReason.FAILED)
                 members = tree.group.members

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .scheduler import TreeRolloutScheduler
 
 TURN_HOOKS = ('on_trajectory_start', 'on_turn_end', 'check_finished', 'step')
+STATE_HOOKS = ('fork_state', 'release_state')
 MEDIA_KEYS = ('images', 'audios', 'videos')
 
 
@@ -94,8 +95,8 @@ class Turn:
 
 
 def overridden_hooks(user: MultiTurnScheduler, base: type) -> set[str]:
-    """Those of `TURN_HOOKS` that a subclass of `base` has of its own."""
-    return {name for name in TURN_HOOKS if getattr(type(user), name) is not getattr(base, name)}
+    """Those hooks about turns and states that a subclass of `base` has of its own."""
+    return {name for name in (*TURN_HOOKS, *STATE_HOOKS) if getattr(type(user), name) is not getattr(base, name)}
 
 
 class Conversation:
@@ -166,13 +167,15 @@ class Conversation:
         prompt = dataclasses.replace(prompt, token_ids=self._search.tree.prompt_ids)
         return NextTurn(keep, environment_ids, dataclasses.replace(following, prompt=prompt, choice=told))
 
-    async def release(self, warn: Callable[[str], None]) -> None:
-        """Let go of all states. What goes wrong there is told, and hurts nobody any more."""
+    async def release(self) -> list[HookError]:
+        """Let go of all states; returns what went wrong there."""
+        errors = []
         for state in list(self._states):
             try:
                 await self._release(state)
             except HookError as e:
-                warn(f'{type(e).__name__}: {e}')
+                errors.append(e)
+        return errors
 
     # Hooks.
 
@@ -185,8 +188,8 @@ class Conversation:
 
     async def _start_environment(self, state: str) -> RolloutInferRequest:
         request = _copy(self._original, state)
+        self._states.add(state)
         if 'on_trajectory_start' in self._asked:
-            self._states.add(state)
             where = f'at the root of tree {self._search.tree.id}'
             await self._call('on_trajectory_start', [request], where=where)
             if not request.messages:
@@ -347,19 +350,20 @@ class Conversation:
 
     async def _fork_state(self, begun: Turn, child: str, where: str) -> None:
         parent = begun.request.uuid
-        if not self._user.has_state:
-            return
+        self._states.add(child)
         if self._config.fork_state == 'copy':
-            self._states.add(child)
-            await self._call('fork_state', parent, child, where=where)
-        elif self._user.trajectory_state and parent not in self._moved:
+            if self._cares('fork_state', parent):
+                await self._call('fork_state', parent, child, where=where)
+        elif parent not in self._moved and self._user.state_attributes(parent):
             # The first to come takes the environment as it stands; it must be played again for the others.
             self._moved.add(parent)
-            self._states.discard(parent)
-            self._states.add(child)
             self._user.move_state(parent, child)
-        else:
+        elif 'on_trajectory_start' in self._asked or parent in self._moved:
             await self._replay(begun, child, where)
+
+    def _cares(self, hook: str, state: str) -> bool:
+        """Whether a hook about states has something to do."""
+        return hook in self._asked or bool(self._user.state_attributes(state))
 
     async def _replay(self, begun: Turn, child: str, where: str) -> None:
         """Bring a fresh environment to where the turn after `begun` started."""
@@ -387,7 +391,8 @@ class Conversation:
     async def _release(self, state: str) -> None:
         if state in self._states:
             self._states.discard(state)
-            await self._call('release_state', state, where=f'for state {state}')
+            if self._cares('release_state', state):
+                await self._call('release_state', state, where=f'for state {state}')
 
 
 def _copy(request: RolloutInferRequest, state: str) -> RolloutInferRequest:

@@ -1,4 +1,4 @@
-"""What the engine saw is what the trainer trains on, token by token: swift's real template and encoding on both sides."""
+"""What the engine saw is what the trainer trains on, token by token: swift's template and encoding on both sides."""
 from __future__ import annotations
 
 import asyncio

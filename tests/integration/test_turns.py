@@ -258,7 +258,6 @@ def test_an_early_stop_ends_the_turn_and_not_the_trajectory():
 class Counter(TreeRolloutScheduler):
     """An environment that counts what it was told; a plain dict by uuid, as swift's GYMScheduler has."""
 
-    trajectory_state = ('told', )
     copyable = True
 
     def __init__(self, *args, **kwargs):
@@ -353,6 +352,34 @@ def test_states_are_released_when_a_rollout_is_cancelled():
 
     asyncio.run(cancelled())
     assert not target.told
+
+
+def test_state_that_a_step_began_forks_and_is_released_too():
+    class Lazy(TreeRolloutScheduler):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.seen, self.others = {}, {'a': 1}
+
+        def check_finished(self, infer_request, response_choice, current_turn):
+            return current_turn == 3
+
+        def step(self, infer_request, response_choice, current_turn):
+            mine = self.seen.setdefault(infer_request.uuid, [])
+            mine.append(response_choice.message.content)
+            infer_request.messages.append({'role': 'user', 'content': '/'.join(mine)})
+            return {'infer_request': infer_request}
+
+    def grown(fork_state):
+        target = Lazy(segment_engine=FakeEngine(speak=speak), tokenizer=FakeTokenizer())
+        config = TreeConfig(segment_length=4, max_depth=8, answer='none', fork_state=fork_state)
+        outputs = rollout(requests(*['a'] * 8, config=config), target, seed=1)
+        assert not target.seen and target.others == {'a': 1}
+        for output in outputs:
+            said = [m['content'] for m in output.messages if m['role'] == 'assistant']
+            assert output.messages[-2]['content'] == '/'.join(said[:2])
+        return [output.messages for output in outputs]
+
+    assert grown('copy') == grown('replay')
 
 
 class FakeGame:
