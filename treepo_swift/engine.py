@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, AsyncGenerator, Protocol, Sequence
 
-from .search import Segment
+from .segments import Segment
 from .tree import StopReason
 
 if TYPE_CHECKING:

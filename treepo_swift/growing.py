@@ -9,7 +9,8 @@ from typing import AsyncIterator, Awaitable, Callable, Optional, Union
 
 from .engine import EngineError, Place, Prompt, SegmentEngine
 from .hooks import HookError
-from .search import NextTurn, Segment, SegmentRequest, TreeSearch
+from .search import TreeSearch
+from .segments import NextTurn, Segment, SegmentRequest
 from .tasks import Nursery, Rendezvous
 from .text import PathReader
 from .tree import Path, StopReason, response_ids

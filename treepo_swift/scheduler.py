@@ -28,7 +28,9 @@ from .migrating import check_hooks, refuse_moved
 from .outputs import OutputWriter, PlainOutputs, RolloutError, RolloutFailure
 from .packing import PackedOutputs
 from .policies.stopping import TextChecker, text_verdict
-from .search import Limits, TreeSearch, check_policies
+from .search import TreeSearch, check_policies
+from .segments import Limits
+from .states import ForkingState
 from .tasks import Rendezvous, all_or_cancel, calm_garbage_collection
 from .text import PathReader
 from .transport import REQUEST_KEY, RequestNote
@@ -61,7 +63,7 @@ def _where(search: TreeSearch, path: Path) -> str:
     return f'on segment {path.leaf.depth} of path {path.id} of tree {search.tree.id}'
 
 
-class TreeRolloutScheduler(MultiTurnScheduler):
+class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
     """Grows the answers to a prompt as one tree (TreePO, arXiv 2508.17445).
 
     A subclass with a `step` takes several turns, by the rules of ms-swift's `MultiTurnScheduler`: where a turn has
@@ -72,12 +74,8 @@ class TreeRolloutScheduler(MultiTurnScheduler):
             pass
 
     Hooks get copies that are theirs: another path may take another turn from the same place. What a scheduler keeps
-    for a trajectory under ``infer_request.uuid`` therefore has to fork too, see `trajectory_state`.
+    for a trajectory under ``infer_request.uuid`` therefore has to fork too, see `ForkingState`.
     """
-
-    trajectory_state: tuple[str, ...] | None = None
-    """Names of the dict attributes whose values under ``infer_request.uuid`` fork with a path; None: of all that have
-    the uuid among their keys."""
     def __init__(self,
                  infer_engine: Any = None,
                  max_turns: int | None = None,
@@ -106,7 +104,7 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         """Of the rollout that runs."""
 
     # Override these. They may be plain or async functions; a plain one runs in a thread of its own. With them come
-    # `step`, `on_trajectory_start` (once a tree) and `on_turn_end` of the base class.
+    # `step`, `on_trajectory_start` (once a tree) and `on_turn_end` of the base class, `fork_state` and `release_state`.
 
     def check_segment(self, path: Path, text: str) -> StopReason | None:
         """Called at every segment boundary: return a reason (`StopReason.HOOK` is yours) to end the turn there.
@@ -127,24 +125,6 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         if 'step' not in self._asked:
             return True
         return super().check_finished(infer_request, response_choice, current_turn)
-
-    def fork_state(self, parent_id: str, child_id: str) -> None:
-        """Called before hooks are asked about a turn: they change the state `child_id`, a copy of `parent_id`.
-
-        `parent_id` stays as it is, for other paths to start from. Both are what hooks see as ``infer_request.uuid``.
-        """
-        for name in self.state_attributes(parent_id):
-            states = getattr(self, name)
-            try:
-                states[child_id] = copy.deepcopy(states[parent_id])
-            except Exception as e:
-                raise TypeError(f'{name} holds a {type(states[parent_id]).__name__} that can not be copied ({e}): '
-                                'override fork_state, or set fork_state: replay') from e
-
-    def release_state(self, state_id: str) -> None:
-        """Called once for each state when no path can start from it any more."""
-        for name in self.state_attributes(state_id):
-            getattr(self, name).pop(state_id, None)
 
     # Machinery below.
 
@@ -322,17 +302,6 @@ class TreeRolloutScheduler(MultiTurnScheduler):
         for talk in talks:
             for error in await talk.release():
                 self._warn_once(f'{type(error).__name__}: {error}')
-
-    def state_attributes(self, state_id: str) -> list[str]:
-        """Names of the dict attributes that hold something for a state."""
-        names = list(vars(self)) if self.trajectory_state is None else self.trajectory_state
-        return [name for name in names if isinstance(getattr(self, name), dict) and state_id in getattr(self, name)]
-
-    def move_state(self, parent_id: str, child_id: str) -> None:
-        """Let a child take its parent's state over, which nobody needs any more."""
-        for name in self.state_attributes(parent_id):
-            states = getattr(self, name)
-            states[child_id] = states.pop(parent_id)
 
     async def _grow(self, trees: list[_Planted], requests: Sequence[RolloutInferRequest],
                     outputs: PlainOutputs | PackedOutputs, seeded: bool, progress: Callable[[int],

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Callable, Sequence
 
 from .policies.stopping import TextChecker, TextState, first_stop_string
-from .search import Segment
+from .segments import Segment
 from .tree import Node, StopReason, last_ids
 
 TAIL_TOKENS = 8

@@ -19,7 +19,8 @@ from swift.utils import remove_response
 from .config import TreeConfig
 from .engine import Prompt, SegmentEngine
 from .hooks import HookError, HookRunner
-from .search import NextTurn, TreeSearch
+from .search import TreeSearch
+from .segments import NextTurn
 from .transport import REPORT_KEY
 from .tree import Path, StopReason
 

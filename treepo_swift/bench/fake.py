@@ -18,7 +18,7 @@ from ..config import TreeConfig
 from ..engine import EngineInfo, Place, Prompt
 from ..outputs import RolloutFailure
 from ..packing import unpack
-from ..search import Segment
+from ..segments import Segment
 from ..transport import RequestNote
 
 POOL = 1 << 20

@@ -11,7 +11,7 @@ from typing import Any, AsyncGenerator, Sequence
 from ..config import TreeConfig
 from ..engine import Place, Prompt, SegmentEngine
 from ..lengths import LengthDistribution
-from ..search import Segment
+from ..segments import Segment
 from ..tree import StopReason
 
 KINDS = ('fixed', 'natural', 'lengths')

@@ -8,7 +8,8 @@ from heapq import heappop, heappush
 from typing import Sequence
 
 from ..admission import KV_SHARE
-from ..search import Limits, TreeSearch
+from ..search import TreeSearch
+from ..segments import Limits
 from .engine import SimulatedEngine
 from .model import EngineModel
 from .setup import Setup

@@ -8,7 +8,8 @@ from functools import lru_cache
 from typing import Callable
 
 from ..lengths import LengthDistribution
-from ..search import Segment, SegmentRequest, TreeSearch
+from ..search import TreeSearch
+from ..segments import Segment, SegmentRequest
 from ..tree import Node, StopReason
 
 
