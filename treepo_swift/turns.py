@@ -131,14 +131,24 @@ class Conversation:
         return prompt
 
     async def end_turn(self, path: Path, stop: StopReason) -> NextTurn | StopReason:
-        """Ask the hooks about a turn that has ended; a reason if it was the path's last."""
+        """Ask the hooks about a turn that has ended; a reason if it was the path's last. Raises `HookError`."""
+        begun: Turn = path.leaf.start.turn
+        where = f'after turn {begun.number + 1} on path {path.id} of tree {self._search.tree.id}'
+        try:
+            return await self._end_turn(path, stop, begun, where)
+        except HookError:
+            raise
+        except Exception as e:
+            # Messages can be wrong in more ways than are checked for, and must not end the batch.
+            raise HookError(f'{type(self._user).__name__} {where}: what its hooks left can not be used: '
+                            f'{type(e).__name__}: {e}') from e
+
+    async def _end_turn(self, path: Path, stop: StopReason, begun: Turn, where: str) -> NextTurn | StopReason:
         start = path.leaf.start
-        begun: Turn = start.turn
         nodes = path.leaf.lineage(since=start)
         ids = [token for node in nodes for token in node.token_ids]
         logprobs = [value for node in nodes for value in node.logprobs]
         number = begun.number + 1
-        where = f'after turn {number} on path {path.id} of tree {self._search.tree.id}'
         state = f'{self._search.tree.id}/{path.id}.{number}'
         await self._fork_state(begun, state, where)
         choice = self._choice(begun, ids, logprobs, stop)
@@ -240,6 +250,8 @@ class Conversation:
                 f'{name} {where}: returned {_short(result)}, allowed is a dict whose "infer_request" is the '
                 'RolloutInferRequest to go on with')
         request = result['infer_request']
+        if not isinstance(request.messages, list):
+            raise HookError(f'{name} {where}: messages={_short(request.messages)}, allowed is a list')
         last = request.messages[-1] if len(request.messages) > len(before) else {}
         if last.get('role') == 'assistant':
             if last.get('content'):
@@ -282,7 +294,7 @@ class Conversation:
                 holder = RolloutOutput.model_construct(rollout_infos=copy.copy(media))
                 holder.mminfo_to_serializable()
                 infos = {**infos, **holder.rollout_infos}
-            return json.loads(json.dumps(infos))
+            return json.loads(json.dumps(infos, allow_nan=False))
         except Exception as e:
             raise HookError(f'{self._name(hook)} {where}: its rollout_infos can not be sent as JSON: {e}') from None
 

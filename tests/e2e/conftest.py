@@ -42,23 +42,30 @@ def environment(model: Path) -> dict[str, str]:
     return env
 
 
-@pytest.fixture
-def serve(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., int]]:
-    """Start quickstart's rollout.sh and return its port; everything ends with the test."""
-    services: list[Any] = []
+@pytest.fixture(scope='session')
+def serve(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., int]]:
+    """Start quickstart's rollout.sh (or what `script` says) and return its port.
 
-    def start(**env: str) -> int:
-        port = free_port()
-        service = Service(
-            'The rollout server', ['bash', str(QUICKSTART / 'rollout.sh')],
-            log=tmp_path / 'rollout.log',
-            env={
-                **environment, 'PORT': str(port),
-                **env
-            })
-        services.append(service)
-        service.__enter__().wait_for_health(port, timeout=240)
-        return port
+    Who asks for the same gets the same server: half of a test is its start. All end with the session.
+    """
+    services: list[Any] = []
+    ports: dict[tuple[Path, tuple[tuple[str, str], ...]], int] = {}
+
+    def start(*, script: Path = QUICKSTART / 'rollout.sh', **env: str) -> int:
+        asked = (script, tuple(sorted(env.items())))
+        if asked not in ports:
+            port = free_port()
+            service = Service(
+                'The rollout server', ['bash', str(script)],
+                log=tmp_path_factory.mktemp('server') / 'rollout.log',
+                env={
+                    **environment, 'PORT': str(port),
+                    **env
+                })
+            services.append(service)
+            service.__enter__().wait_for_health(port, timeout=240)
+            ports[asked] = port
+        return ports[asked]
 
     yield start
     for service in services:
