@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# GRPO on trees: 8 prompts a step, 8 trajectories each. Start rollout.sh first, with the same MODEL and PORT.
+# GRPO on trees: 8 prompts a step, 8 trajectories each. Start rollout.sh first, with the same MODEL and PORT. With an empty
+# REWARD_FUNCS the rewards come from elsewhere (an environment).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export TREEPO_CONFIG=${TREEPO_CONFIG:-$here/tree.yaml}
+REWARD_FUNCS=${REWARD_FUNCS-digit_sum}
 
 swift rlhf \
     --rlhf_type grpo \
@@ -13,7 +15,7 @@ swift rlhf \
     --torch_dtype float32 \
     --bf16 false \
     --external_plugins "$here/../../plugin/treepo_plugin.py" "$here/reward.py" \
-    --reward_funcs digit_sum \
+    ${REWARD_FUNCS:+--reward_funcs $REWARD_FUNCS} \
     --dataset "${DATASET:?path of train.jsonl}" \
     --load_from_cache_file false \
     --split_dataset_ratio 0 \

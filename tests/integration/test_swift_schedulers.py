@@ -21,7 +21,9 @@ from treepo_swift.recheck import RecheckScheduler  # noqa: E402
 from treepo_swift.scheduler import TreeRolloutScheduler  # noqa: E402
 from treepo_swift.tree import StopReason  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parents[2] / 'examples' / 'swift_schedulers'))
+EXAMPLES = Path(__file__).parents[2] / 'examples'
+sys.path[:0] = [str(EXAMPLES / folder) for folder in ('swift_schedulers', 'tools', 'saved_calls')]
+import scheduler as tools_scheduler  # noqa: E402
 import trees  # noqa: E402
 
 
@@ -30,7 +32,7 @@ def talk(cls: type, engine: FakeEngine, *, config: TreeConfig = CONFIG, max_turn
     batch = requests(*['prompt'] * 4, config=config)
     for request in batch:
         request.data_dict.update(data)
-    outputs = rollout(batch, target, seed=1)
+    outputs = rollout(batch, target, seed=1, max_tokens=256)
     check_laws(outputs)
     return outputs
 
@@ -119,3 +121,23 @@ def test_gym_environments_need_the_gym_scheduler():
     plugin.register()
     assert multi_turns['treepo_gym'](
         segment_engine=FakeEngine(), tokenizer=FakeTokenizer(), use_gym_env=True, gym_env='x').gym_env_name == 'x'
+
+
+@pytest.mark.parametrize('call, result', [
+    ('{"name": "calculator", "arguments": {"expression": "sum([2, 3]) * 4"}}', '20'),
+    ('{"name": "calculator", "arguments": {"expression": "__import__(\'os\')"}}', 'error'),
+    ('{"name": "search", "arguments": {"query": "coins in Ada\'s box"}}', 'Ada\'s box holds'),
+    ('{"name": "shell", "arguments": {"command": "ls"}}', 'error'),
+    ('{"name": ', 'error'),
+])
+def test_the_tools_example_reads_calls_and_runs_none_of_the_models_words(call, result):
+    def agent(context, max_tokens, seed):
+        turn_two = b'|' in bytes(t for t in context if t)
+        said = b'It is \\boxed{20}.' if turn_two else f'<tool_call>\n{call}\n</tool_call>'.encode()
+        return segment_of([*said, EOS][:max_tokens], StopReason.EOS)
+
+    outputs = talk(tools_scheduler.ToolTree, FakeEngine(speak=agent), config=LONG)
+    for output in outputs:
+        tool = output.messages[2]
+        assert tool['role'] == 'tool' and result in tool['content'] and len(tool['content']) <= 310
+        assert output.rollout_infos['tool_1'] == tool['content'] and output.rollout_infos['num_turns'] == 2
