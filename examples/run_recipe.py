@@ -61,8 +61,8 @@ def make_model(task: Path, output: Path) -> tuple[Path, Path]:
     base, data = output / 'base', output / 'data'
     if not (base / 'model.safetensors').is_file():
         shutil.rmtree(base, ignore_errors=True)
-        command = [sys.executable, str(HERE / 'quickstart' / 'make_model.py'), '--task', str(task), '--output', str(base)]
-        subprocess.run(command, check=True)
+        make = str(HERE / 'quickstart' / 'make_model.py')
+        subprocess.run([sys.executable, make, '--task', str(task), '--output', str(base)], check=True)
     if not (data / 'train.jsonl').is_file():
         subprocess.run([sys.executable, str(task), '--output', str(data)], check=True)
     return base, data / 'train.jsonl'

@@ -169,7 +169,8 @@ def measure(method: Method, depth: int, log: Path) -> Result:
 
 def table(results: list[Result]) -> str:
     lines = [
-        '| depth | | inference calls | saved | published | turns | decoded tokens | saved | train iterations/s | gain |',
+        '| depth | | inference calls | saved | published | turns | decoded tokens | saved | train iterations/s | gain '
+        '|',
         '| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |'
     ]
     published: dict[str, dict[int, str]] = {method.name: method.published for method in METHODS}

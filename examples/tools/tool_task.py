@@ -84,8 +84,8 @@ def tools(world: int = 0) -> dict[str, Tool]:
 
 TOOLS: list[dict[str, object]] = []
 """Schemas in the system message. This small model is shown none: they are ten times as long as a question, and it knows
-its two tools from pre-training. A model of yours wants `[tool.to_schema() for tool in tools().values()]` in the dataset's
-column `tools`."""
+its two tools from pre-training. A model of yours wants ``[tool.to_schema() for tool in tools().values()]`` in the
+dataset's column ``tools``."""
 
 
 # --- questions ---
