@@ -87,7 +87,6 @@ TOOLS: list[dict[str, object]] = []
 its two tools from pre-training. A model of yours wants ``[tool.to_schema() for tool in tools().values()]`` in the
 dataset's column ``tools``."""
 
-
 # --- questions ---
 
 
