@@ -273,7 +273,8 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
             limits=Limits(max_response, info.max_model_len, self.max_turns),
             rng=rng,
             progress=note.progress)
-        talk, prompt = self._talk(search), Prompt([], {})
+        talk = None if request.messages == SWIFT_PLACEHOLDER else self._talk(search)
+        prompt = Prompt([], {})
         try:
             prompt = await (talk.begin(request) if talk else self._engine.encode(request))
             search.set_prompt(prompt.token_ids)

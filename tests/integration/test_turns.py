@@ -521,6 +521,14 @@ def test_other_hooks_that_return_rubbish_are_named_too(hook, result, complaint):
     assert all(complaint in tree_of(o)['error'] for o in outputs)
 
 
+def test_swifts_placeholder_starts_no_environment():
+    """A server without requests this time gets one of these, to ignore the answer."""
+    from treepo_swift.scheduler import SWIFT_PLACEHOLDER
+    target = Counter(segment_engine=FakeEngine(speak=whole_turn), tokenizer=FakeTokenizer())
+    outputs = rollout([RolloutInferRequest(messages=list(SWIFT_PLACEHOLDER), uuid='x')], target)
+    assert len(outputs) == 1 and target.started == 0
+
+
 def test_an_environment_that_can_not_start_fails_its_tree_and_no_other():
     class Picky(ChatTree):
         async def on_trajectory_start(self, requests):
