@@ -7,7 +7,7 @@ export TREEPO_CONFIG=${TREEPO_CONFIG:-$here/tree.yaml}
 export SCHEDULER=${SCHEDULER:-tool_tree}
 
 exec bash "$here/../quickstart/rollout.sh" \
-    --external_plugins "$here/../../plugin/treepo_plugin.py" "$here/scheduler.py" \
+    --external_plugins "$here/../../plugin/treepo_plugin.py" "$here/tool_scheduler.py" \
     --agent_template hermes \
     --max_turns 3 \
     --vllm_max_model_len 1024 \

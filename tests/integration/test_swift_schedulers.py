@@ -23,7 +23,7 @@ from treepo_swift.tree import StopReason  # noqa: E402
 
 EXAMPLES = Path(__file__).parents[2] / 'examples'
 sys.path[:0] = [str(EXAMPLES / folder) for folder in ('swift_schedulers', 'tools', 'saved_calls')]
-import scheduler as tools_scheduler  # noqa: E402
+import tool_scheduler  # noqa: E402
 import trees  # noqa: E402
 
 
@@ -136,7 +136,7 @@ def test_the_tools_example_reads_calls_and_runs_none_of_the_models_words(call, r
         said = b'It is \\boxed{20}.' if turn_two else f'<tool_call>\n{call}\n</tool_call>'.encode()
         return segment_of([*said, EOS][:max_tokens], StopReason.EOS)
 
-    outputs = talk(tools_scheduler.ToolTree, FakeEngine(speak=agent), config=LONG)
+    outputs = talk(tool_scheduler.ToolTree, FakeEngine(speak=agent), config=LONG)
     for output in outputs:
         tool = output.messages[2]
         assert tool['role'] == 'tool' and result in tool['content'] and len(tool['content']) <= 310

@@ -1,6 +1,6 @@
 """Count what trees over turns save, in the shape of the table that ms-swift publishes for its example plugin.
 
-    python compare.py --depths 4 5 6 --steps 10
+    python count_calls.py --depths 4 5 6 --steps 10
 
 For each depth (turns of a conversation) the same training runs on conversations sampled one by one, and on trees with
 forks at turns. What is there already is used again. Results: results.md and results.json in --output.
