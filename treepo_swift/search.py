@@ -13,7 +13,7 @@ from typing import Sequence
 
 from .config import TreeConfig
 from .policies import fallback
-from .policies.branching import BranchContext, branching_policies, most_leaves, next_width, paced_width
+from .policies.branching import BranchContext, branching_policies, may_fork, most_leaves, next_width, paced_width
 from .policies.stopping import first_reason
 from .segments import Limits, NextTurn, Segment, SegmentRequest
 from .tree import Node, Path, StopReason, Tree, sampled_tokens, turns_before
@@ -305,7 +305,7 @@ class TreeSearch:
     def _fork(self, live: list[Path], share: int | None) -> list[SegmentRequest]:
         """Requests for the forks of `live`, and for the paths themselves where they do not run on."""
         counts = dict.fromkeys((path.id for path in live), 1)
-        forking = [path for path in live if self._may_fork(path.leaf)]
+        forking = [path for path in live if may_fork(path.leaf, self.config)]
         if forking:
             counts.update(zip((path.id for path in forking), self._share_out(forking, len(live), share), strict=True))
             self._ended = 0
@@ -317,9 +317,6 @@ class TreeSearch:
         requests = self._launch(self._within_budget(going_on + forks, keep=len(going_on)))
         self.tree.stats.forks += max(len(requests) - len(going_on), 0)
         return requests
-
-    def _may_fork(self, node: Node) -> bool:
-        return self.config.fork_at == 'both' or (self.config.fork_at == 'turn') == node.begins_turn
 
     def _share_out(self, forking: list[Path], live: int, share: int | None) -> list[int]:
         """How many branches each of `forking` has, which are some or all of the `live` paths."""

@@ -22,7 +22,7 @@ from .hooks import HookError, HookRunner
 from .search import TreeSearch
 from .segments import NextTurn
 from .transport import REPORT_KEY
-from .tree import Path, StopReason
+from .tree import Path, StopReason, response_ids
 
 if TYPE_CHECKING:
     from .scheduler import TreeRolloutScheduler
@@ -42,6 +42,10 @@ class Reply:
     """Which of `ids` are trained on; inserted ones never are."""
     sampled: int
     """How many of `ids` were sampled: the first ones."""
+    @classmethod
+    def of(cls, ids: list[int]) -> Reply:
+        """What was sampled, as it is."""
+        return cls(ids, [1] * len(ids), len(ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,14 +152,11 @@ class Conversation:
         nodes = path.leaf.lineage(since=start)
         ids = [token for node in nodes for token in node.token_ids]
         logprobs = [value for node in nodes for value in node.logprobs]
-        number = begun.number + 1
-        state = f'{self._search.tree.id}/{path.id}.{number}'
+        state = f'{self._search.tree.id}/{path.id}.{begun.number + 1}'
         await self._fork_state(begun, state, where)
         choice = self._choice(begun, ids, logprobs, stop)
         told = copy.deepcopy(choice) if self._config.fork_state == 'replay' else None
-        request, infos, finished = await self._ask(begun, choice, state, where)
-        ended = Turn(number, request, begun.prompt, infos, begun, Reply(ids, [1] * len(ids), len(ids)),
-                     len(request.messages) - 1)
+        ended, finished = await self._ask(begun, Reply.of(ids), choice, state, where)
         if finished:
             path.outcome = ended
             await self._release(state)
@@ -207,9 +208,9 @@ class Conversation:
                 raise HookError(f'{self._name("on_trajectory_start")} {where}: left the request without messages')
         return request
 
-    async def _ask(self, begun: Turn, choice: ChatCompletionResponseChoice, state: str,
-                   where: str) -> tuple[RolloutInferRequest, dict[str, Any], bool]:
-        """`on_turn_end` and `check_finished`: the request with the reply, the infos, and whether it was the last."""
+    async def _ask(self, begun: Turn, reply: Reply, choice: ChatCompletionResponseChoice, state: str,
+                   where: str) -> tuple[Turn, bool]:
+        """`on_turn_end` and `check_finished`: the turn that has ended, and whether it was the last."""
         request, number = _copy(begun.request, state), begun.number + 1
         if begun.continues:
             request.messages[-1]['content'] += choice.message.content
@@ -234,7 +235,7 @@ class Conversation:
             raise HookError(f'{self._name("check_finished")} {where}: appended messages, which only `step` may')
         if self._user.max_turns and number >= self._user.max_turns:
             finished = True
-        return request, infos, bool(finished)
+        return Turn(number, request, begun.prompt, infos, begun, reply, len(before) - 1), bool(finished)
 
     async def _step(self, ended: Turn, choice: ChatCompletionResponseChoice, logprobs: list[float], where: str) -> Turn:
         """`step`: the same turn with what the next begins with."""
@@ -342,9 +343,7 @@ class Conversation:
 
     def _ids_so_far(self, path: Path, reply: Reply) -> list[int]:
         """All tokens of the next turn's input that are known already."""
-        start = path.leaf.start
-        before = [token for node in start.lineage() for token in node.token_ids]
-        return [*self._search.tree.prompt_ids, *before, *reply.ids]
+        return [*self._search.tree.prompt_ids, *response_ids(path.leaf.start), *reply.ids]
 
     async def _encode(self, turn: Turn, where: str) -> Prompt:
         """The next turn's prompt: replies as the tokens that they are, the rest by the template."""
@@ -385,12 +384,9 @@ class Conversation:
         self._check_replay(request.messages, first.request.messages, 'on_trajectory_start', where)
         for turn in begun.so_far():
             choice = copy.deepcopy(turn.choice)
-            request, infos, finished = await self._ask(turn.previous, choice, child, where)
+            ids, logprobs = list(choice.token_ids), [item['logprob'] for item in choice.logprobs['content']]
+            ended, finished = await self._ask(turn.previous, Reply.of(ids), choice, child, where)
             self._check_replay(finished, False, 'check_finished', where)
-            ids = list(choice.token_ids)
-            logprobs = [item['logprob'] for item in choice.logprobs['content']]
-            ended = Turn(turn.number, request, turn.prompt, infos, turn.previous, Reply(ids, [1] * len(ids), len(ids)),
-                         turn.message)
             again = await self._step(ended, choice, logprobs, where)
             self._check_replay(again.request.messages, turn.request.messages, 'step', where)
             self._search.tree.stats.replayed_turns += 1

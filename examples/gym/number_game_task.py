@@ -5,17 +5,20 @@
 31 numbers and 5 guesses: who halves the range each time always finds the number, who guesses at random or counts up
 mostly does not. A demonstration may change its mind on the way, so a fork is worth something at any turn.
 
-This module needs the standard library only; `number_game.py` makes it an environment of ms-swift.
+This module needs the standard library and the quickstart's task only; `number_game.py` makes it an environment of
+ms-swift.
 """
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'quickstart'))
+from task import write_datasets  # noqa: E402
 
 SPLITS = ('pretrain', 'train', 'heldout')
 STYLES = ('halving', 'changed its mind', 'random', 'counting')
@@ -147,22 +150,8 @@ def style_of(messages: Messages) -> str:
     return 'counting' if any('One step on' in text for text in texts) else 'random'
 
 
-def write_jsonl(path: Path, rows: list[Game]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(''.join(json.dumps(row.to_row()) + '\n' for row in rows), encoding='utf-8')
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Write the train and held-out games as ms-swift GRPO datasets.')
-    parser.add_argument('--output', type=Path, required=True, help='folder for train.jsonl and heldout.jsonl')
-    parser.add_argument('--train', type=int, default=2000, help='how many training games')
-    parser.add_argument('--heldout', type=int, default=256, help='how many held-out games')
-    parser.add_argument('--seed', type=int, default=0)
-    args = parser.parse_args()
-    for split, count in (('train', args.train), ('heldout', args.heldout)):
-        path = args.output / f'{split}.jsonl'
-        write_jsonl(path, distinct_problems(split, count, args.seed))
-        print(f'{path}: {count} games')
+    write_datasets(distinct_problems)
 
 
 if __name__ == '__main__':

@@ -14,9 +14,10 @@ import argparse
 import json
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SPLITS = ('pretrain', 'train', 'heldout')
 STYLES = ('step by step', 'after a false start', 'gave up half-way', 'guess')
@@ -167,22 +168,30 @@ def is_correct(text: str | None, solution: str) -> bool:
     return text[start:text.index('}', start)] == solution
 
 
-def write_jsonl(path: Path, rows: list[Problem]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(''.join(json.dumps(row.to_row()) + '\n' for row in rows), encoding='utf-8')
+def write_datasets(distinct: Callable[[str, int, int], Sequence[Any]],
+                   *,
+                   train: int = 2000,
+                   heldout: int = 256) -> None:
+    """The command line of a task: writes its train and held-out problems as ms-swift's GRPO datasets.
+
+    `distinct` gives `(split, count, seed)` problems, each of which has a `to_row`.
+    """
+    parser = argparse.ArgumentParser(description='Write the train and held-out problems as ms-swift GRPO datasets.')
+    parser.add_argument('--output', type=Path, required=True, help='folder for train.jsonl and heldout.jsonl')
+    parser.add_argument('--train', type=int, default=train, help='how many training problems')
+    parser.add_argument('--heldout', type=int, default=heldout, help='how many held-out problems')
+    parser.add_argument('--seed', type=int, default=0)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    for split, count in (('train', args.train), ('heldout', args.heldout)):
+        path = args.output / f'{split}.jsonl'
+        rows = [json.dumps(problem.to_row()) + '\n' for problem in distinct(split, count, args.seed)]
+        path.write_text(''.join(rows), encoding='utf-8')
+        print(f'{path}: {count} problems')
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Write the train and held-out problems as ms-swift GRPO datasets.')
-    parser.add_argument('--output', type=Path, required=True, help='folder for train.jsonl and heldout.jsonl')
-    parser.add_argument('--train', type=int, default=2000, help='how many training problems')
-    parser.add_argument('--heldout', type=int, default=256, help='how many held-out problems')
-    parser.add_argument('--seed', type=int, default=0)
-    args = parser.parse_args()
-    for split, count in (('train', args.train), ('heldout', args.heldout)):
-        path = args.output / f'{split}.jsonl'
-        write_jsonl(path, distinct_problems(split, count, args.seed))
-        print(f'{path}: {count} problems')
+    write_datasets(distinct_problems)
 
 
 if __name__ == '__main__':

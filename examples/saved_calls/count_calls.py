@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -19,8 +18,9 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 QUICKSTART = HERE.parent / 'quickstart'
-sys.path.insert(0, str(QUICKSTART))
+sys.path[:0] = [str(QUICKSTART), str(HERE.parent)]
 from run import START_TIMEOUT, read_log, step  # noqa: E402
+from run_recipe import make_model  # noqa: E402
 from services import Service, free_port, guarded, offline_environment  # noqa: E402
 
 BATCH, WIDTH = 8, 8
@@ -84,7 +84,7 @@ def main() -> int:
 def compare(args: argparse.Namespace) -> None:
     output: Path = args.output.resolve()
     step('1/3', 'the model and its task')
-    base, data = make_model(output)
+    base, data = make_model(HERE / 'one_step_a_turn.py', output)
     step('2/3', f'{len(args.depths) * len(METHODS)} trainings of {args.steps} steps')
     results = []
     for depth in args.depths:
@@ -95,19 +95,6 @@ def compare(args: argparse.Namespace) -> None:
     (output / 'results.json').write_text(json.dumps([asdict(result) for result in results], indent=1) + '\n')
     (output / 'results.md').write_text(table(results))
     print(f'\n{table(results)}\n  {output}/results.md, results.json')
-
-
-def make_model(output: Path) -> tuple[Path, Path]:
-    """The base model and the training data, made unless they are there."""
-    base, data = output / 'base', output / 'data'
-    task = HERE / 'one_step_a_turn.py'
-    if not (base / 'model.safetensors').is_file():
-        shutil.rmtree(base, ignore_errors=True)
-        make = [sys.executable, str(QUICKSTART / 'make_model.py'), '--task', str(task), '--output', str(base)]
-        subprocess.run(make, check=True)
-    if not (data / 'train.jsonl').is_file():
-        subprocess.run([sys.executable, str(task), '--output', str(data)], check=True)
-    return base, data / 'train.jsonl'
 
 
 def serve_and_train(folder: Path, depth: int, methods: list[Method], args: argparse.Namespace,

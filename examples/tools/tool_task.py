@@ -9,7 +9,6 @@ This module needs the standard library only: a reward function may import it in 
 """
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / 'quickstart')]
 from agent_tools import Corpus, Tool, make_tools, parse_call, run_call  # noqa: E402
-from task import is_correct  # noqa: E402
+from task import is_correct, write_datasets  # noqa: E402
 
 SPLITS = ('pretrain', 'train', 'heldout')
 STYLES = ('right tool', 'wrong tool', 'bad call', 'guess')
@@ -205,22 +204,8 @@ def style_of(messages: Messages) -> str:
     return 'right tool' if call[0] == needed else 'wrong tool'
 
 
-def write_jsonl(path: Path, rows: list[Question]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(''.join(json.dumps(row.to_row()) + '\n' for row in rows), encoding='utf-8')
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Write the train and held-out questions as ms-swift GRPO datasets.')
-    parser.add_argument('--output', type=Path, required=True, help='folder for train.jsonl and heldout.jsonl')
-    parser.add_argument('--train', type=int, default=192, help='how many training questions')
-    parser.add_argument('--heldout', type=int, default=128, help='how many held-out questions')
-    parser.add_argument('--seed', type=int, default=0)
-    args = parser.parse_args()
-    for split, count in (('train', args.train), ('heldout', args.heldout)):
-        path = args.output / f'{split}.jsonl'
-        write_jsonl(path, distinct_problems(split, count, args.seed))
-        print(f'{path}: {count} questions')
+    write_datasets(distinct_problems, train=192, heldout=128)
 
 
 if __name__ == '__main__':

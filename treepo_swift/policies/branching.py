@@ -116,6 +116,11 @@ def scheduled(value: float | tuple[float, float], schedule: str, progress: float
     return value[0] + (value[1] - value[0]) * shape[schedule]
 
 
+def may_fork(node: Node, config: TreeConfig) -> bool:
+    """Whether `fork_at` lets paths fork at the end of `node`; at the root they always may."""
+    return node.parent is None or config.fork_at == 'both' or (config.fork_at == 'turn') == node.begins_turn
+
+
 def next_width(*, live: int, finished: int, ended: int, width: int, divergence: int) -> int:
     """Paths that grow after a boundary: ``max(a, min(W - f, d*a + d*e))``.
 

@@ -9,6 +9,7 @@ from typing import Protocol, Sequence
 from ..config import TreeConfig
 from ..registry import Registry
 from ..tree import Node, Path, StopReason
+from .branching import may_fork
 
 REASONS = {
     'answer_or_eos': (StopReason.ANSWER, StopReason.EOS),
@@ -143,7 +144,7 @@ def _is_boundary(node: Node, after: Node, config: TreeConfig) -> bool:
     """Whether a segment ends here, and paths may fork here by `fork_at`; at the root they always may."""
     if node.depth == after.depth and node.sampled and after.sampled:
         return False  # two parts of a segment: where other paths have split it is a matter of time
-    return node.parent is None or config.fork_at == 'both' or (config.fork_at == 'turn') == node.begins_turn
+    return may_fork(node, config)
 
 
 def _logprobs_by_position(path: Path) -> list[float | None]:
