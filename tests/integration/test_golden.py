@@ -1,0 +1,55 @@
+"""50 seeded trees are what they were: `golden.json` was written before the package got its rooms."""
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+pytest.importorskip('swift')
+
+from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest  # noqa: E402
+
+from tests.integration import golden  # noqa: E402
+from tests.integration.fake_engine import FakeEngine, FakeTokenizer  # noqa: E402
+from treepo_swift.config import TreeConfig  # noqa: E402
+from treepo_swift.scheduler import TreeRolloutScheduler  # noqa: E402
+from treepo_swift.transport import RequestNote  # noqa: E402
+
+
+class AskAgain(TreeRolloutScheduler):
+    """Two turns, the second after a word from the environment."""
+
+    def check_finished(self, infer_request, response_choice, current_turn):
+        return current_turn >= 2
+
+    def step(self, infer_request, response_choice, current_turn):
+        infer_request.messages.append({'role': 'user', 'content': f'again {current_turn}'})
+        return {'infer_request': infer_request}
+
+
+def batch(seed: int, flat: dict[str, Any]) -> list[Any]:
+    width = 4 + seed % 7
+    config = TreeConfig.from_dict(flat)
+    # Every fourth batch has two turns; the golden configs cut anywhere, so all of them fork at both.
+    cls = AskAgain if seed % 4 == 3 else TreeRolloutScheduler
+    engine = FakeEngine(fails=lambda call: False)
+    scheduler = cls(segment_engine=engine, tokenizer=FakeTokenizer())
+    note = RequestNote(config=config.to_dict(), num_generations=width, step=seed, progress=seed / 25).to_dict()
+    requests = [
+        RolloutInferRequest(
+            messages=[{'role': 'user', 'content': f'prompt {prompt} of {seed}'}],
+            uuid=f'{prompt}-{copy}',
+            data_dict={'treepo': note}) for prompt in range(2) for copy in range(width)
+    ]
+    request_config = RequestConfig(max_tokens=70, return_details=True, logprobs=True, seed=1)
+    return asyncio.run(scheduler.rollout(requests, request_config, use_tqdm=False))
+
+
+def test_golden_trees():
+    assert golden.grow(batch) == json.loads(golden.FILE.read_text())
+
+
+if __name__ == '__main__':
+    golden.FILE.write_text(json.dumps(golden.grow(batch), separators=(',', ':')) + '\n')
