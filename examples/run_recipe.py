@@ -4,6 +4,7 @@
 
 What is there already is used again: the model, the data, and a finished training of the same seed and steps.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -15,8 +16,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / 'quickstart'))
-from run import START_TIMEOUT, follow, read_log, step  # noqa: E402
-from services import Service, free_port, guarded, offline_environment  # noqa: E402
+from run import START_TIMEOUT, follow, read_log, step
+from services import Service, free_port, guarded, offline_environment
 
 COLUMNS = {
     'reward': 'reward',
@@ -90,7 +91,7 @@ def table(log: Path) -> str:
     """The first, the middle and the last steps side by side, each the mean of up to three."""
     rows = read_log(log)
     middle = len(rows) // 2
-    parts = {'first': rows[:3], 'middle': rows[max(middle - 1, 0):middle + 2], 'last': rows[-3:]}
+    parts = {'first': rows[:3], 'middle': rows[max(middle - 1, 0) : middle + 2], 'last': rows[-3:]}
     lines = [f'  {"steps":8}' + ''.join(f'{name:>16}' for name in COLUMNS)]
     for name, part in parts.items():
         means = [sum(row[key] for row in part) / len(part) for key in COLUMNS.values()]

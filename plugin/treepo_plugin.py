@@ -4,6 +4,7 @@ It registers the rollout scheduler `treepo` and the trainer that computes tree a
 installed package treepo_swift. To add a scheduler of your own, copy this file and register your subclass in
 `swift.rollout.multi_turns` below.
 """
+
 from treepo_swift.plugin import register
 
 register()

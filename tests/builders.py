@@ -1,16 +1,17 @@
 """Tiny builders that tests share: a deterministic byte-level language and a synchronous driver for the search."""
+
 from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Callable, Sequence
 
 from treepo_swift.config import TreeConfig
-from treepo_swift.policies.stopping import TextChecker, text_verdict
-from treepo_swift.search import Limits, NextTurn, Segment, SegmentRequest, TreeSearch
-from treepo_swift.text import PathReader
-from treepo_swift.tree import Path, StopReason, response_ids
+from treepo_swift.core.policies.stopping import TextChecker, text_verdict
+from treepo_swift.core.search import Limits, NextTurn, Segment, SegmentRequest, TreeSearch
+from treepo_swift.core.tree import Path, StopReason, response_ids
+from treepo_swift.server.text import PathReader
 
 EOS = 0
 """Every other id is the byte of one character."""
@@ -26,7 +27,7 @@ def sample(context: Sequence[int], max_tokens: int, seed: int, *, eos_every: int
             ids.append(EOS)
             return segment_of(ids, StopReason.EOS)
         if number % (2 * eos_every) == 1:
-            ids += list(b'\\boxed{7}')[:max_tokens - len(ids)]
+            ids += list(b'\\boxed{7}')[: max_tokens - len(ids)]
         else:
             ids.append(97 + number % 26)
     return segment_of(ids)
@@ -48,35 +49,41 @@ def decode(ids: Sequence[int]) -> str:
     return bytes(i for i in ids if i != EOS).decode('utf-8', errors='replace')
 
 
-def make_search(config: TreeConfig,
-                width: int,
-                *,
-                prompt_ids: list[int] | None = None,
-                max_response: int = 10**6,
-                max_context: int = 10**6,
-                max_turns: int | None = None,
-                seed: int = 0) -> TreeSearch:
+def make_search(
+    config: TreeConfig,
+    width: int,
+    *,
+    prompt_ids: list[int] | None = None,
+    max_response: int = 10**6,
+    max_context: int = 10**6,
+    max_turns: int | None = None,
+    seed: int = 0,
+) -> TreeSearch:
     return TreeSearch(
         config,
         tree_id='t',
         prompt_ids=[65, 66] if prompt_ids is None else prompt_ids,
         width=width,
         limits=Limits(max_response, max_context, max_turns),
-        rng=random.Random(seed))
+        rng=random.Random(seed),
+    )
 
 
-def grow(search: TreeSearch,
-         *,
-         answer: Callable[[SegmentRequest], Segment | str] | None = None,
-         order: random.Random | None = None,
-         watch: Callable[[SegmentRequest, Segment], None] | None = None,
-         environment: Callable[[Path], tuple[list[int], int] | None] = lambda path: None) -> TreeSearch:
+def grow(
+    search: TreeSearch,
+    *,
+    answer: Callable[[SegmentRequest], Segment | str] | None = None,
+    order: random.Random | None = None,
+    watch: Callable[[SegmentRequest, Segment], None] | None = None,
+    environment: Callable[[Path], tuple[list[int], int] | None] = lambda path: None,
+) -> TreeSearch:
     """Drive a search to its end, in a random `order` of answers where one is given.
 
     `answer` returns a segment, or a string to fail the path with. It and `watch` see each segment as a request of its
     own, from the path's last node. The default's tokens depend only on the prefix and the path's id. `environment` is
     asked when a turn has ended; what it says, and how many tokens of the path are kept before, begins another.
     """
+
     def default(request: SegmentRequest) -> Segment:
         return sample(search.tree.prompt_ids + response_ids(request.prefix), request.max_tokens, request.path_id)
 

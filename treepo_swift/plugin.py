@@ -1,21 +1,22 @@
 """What the external plugin file does: register scheduler and trainer with ms-swift. Idempotent and cheap."""
+
 from __future__ import annotations
 
 import argparse
 import importlib
 import sys
 
-from . import cpu, versions
-from .config import TreeConfig
+from treepo_swift.compat import cpu, versions
+from treepo_swift.config import TreeConfig
 
 SCHEDULERS = {
-    'treepo': 'treepo_swift.scheduler.TreeRolloutScheduler',
-    'treepo_gym': 'treepo_swift.gym.TreeGymScheduler',
-    'tree_rollout_scheduler': 'treepo_swift.recheck.RecheckScheduler',
+    'treepo': 'treepo_swift.server.scheduler.TreeRolloutScheduler',
+    'treepo_gym': 'treepo_swift.server.gym.TreeGymScheduler',
+    'tree_rollout_scheduler': 'treepo_swift.server.recheck.RecheckScheduler',
 }
 """The last has the name of ms-swift's own example plugin, and does what that does."""
-TRAINER_PATH = 'treepo_swift.trainer.TreeGRPOTrainer'
-TRAINING_ARGS_PATH = 'treepo_swift.trainer.TreeGRPOConfig'
+TRAINER_PATH = 'treepo_swift.trainer.trainer.TreeGRPOTrainer'
+TRAINING_ARGS_PATH = 'treepo_swift.trainer.arguments.TreeGRPOConfig'
 
 
 def register() -> None:

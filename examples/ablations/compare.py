@@ -6,6 +6,7 @@ Every run has the same model, prompts, batch and learning rate and ends at the s
 are saved at `--points` marks on the way, and solve the held-out problems. Runs that are finished are used again, so
 that a comparison that was stopped goes on where it was. Results: results.md, results.json and accuracy.png in --output.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -14,16 +15,17 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 QUICKSTART = HERE.parent / 'quickstart'
 OUTPUT = HERE.parents[1] / 'output'
 sys.path.insert(0, str(QUICKSTART))
-from run import HELDOUT, START_TIMEOUT, accuracy, make_model, read_log, step  # noqa: E402
-from services import Service, ServiceFailed, free_port, guarded, offline_environment  # noqa: E402
+from run import HELDOUT, START_TIMEOUT, accuracy, make_model, read_log, step
+from services import Service, ServiceFailed, free_port, guarded, offline_environment
 
 MAX_STEPS = 100_000
 """Never reached: tokens end a run. The learning rate is constant, so nothing else depends on it."""
@@ -38,10 +40,7 @@ class Method:
 
 METHODS = {
     'grpo': Method('GRPO, independent sampling', None),
-    'grpo_tree': Method('GRPO + tree sampling', {
-        'ESTIMATOR': 'grpo',
-        'NORMALISATION': 'none'
-    }),
+    'grpo_tree': Method('GRPO + tree sampling', {'ESTIMATOR': 'grpo', 'NORMALISATION': 'none'}),
     'treepo': Method('TreePO, fixed init divergence', {}),
     'treepo_more_init': Method('TreePO, more init divergence', {'ROOT_DIVERGENCE': '[2, 8]'}),
 }
@@ -71,7 +70,8 @@ class Run:
 
     def is_finished(self) -> bool:
         return self.points_file.is_file() and all(
-            (self.checkpoint(point) / 'model.safetensors').is_file() for point in self.points())
+            (self.checkpoint(point) / 'model.safetensors').is_file() for point in self.points()
+        )
 
 
 def main() -> int:
@@ -81,7 +81,8 @@ def main() -> int:
         '--quickstart',
         type=Path,
         default=OUTPUT / 'quickstart',
-        help='folder of the base model and its data, made there unless they are')
+        help='folder of the base model and its data, made there unless they are',
+    )
     parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS))
     parser.add_argument('--seeds', nargs='+', type=int, default=[42, 1, 2])
     parser.add_argument('--tokens', type=int, default=150_000, help='decoded tokens of each run')
@@ -100,7 +101,9 @@ def compare(args: argparse.Namespace) -> None:
     # Method by method, so that the trees share one server.
     runs = [
         Run(method, seed, marks, output / method / f'seed-{seed}-tokens-{args.tokens}-points-{args.points}')
-        for method in METHODS if method in args.methods for seed in args.seeds
+        for method in METHODS
+        if method in args.methods
+        for seed in args.seeds
     ]
     if args.fresh:
         for run in runs:
@@ -149,17 +152,18 @@ def train(run: Run, server: Service, env: dict[str, str], label: str) -> None:
     shutil.rmtree(run.folder, ignore_errors=True)  # what a run that was stopped has left
     passed = run.folder / 'points.jsonl'
     tree = METHODS[run.method].tree or {}
-    env = env | {
-        f'TREEPO_{key}': value
-        for key, value in tree.items()
-    } | {
-        'GROUP_PORT': str(free_port()),
-        'SEED': str(run.seed),
-        'STEPS': str(MAX_STEPS),
-        'OUTPUT': str(run.folder / 'train'),
-        'TOKEN_MARKS': ','.join(map(str, run.marks)),
-        'TOKEN_POINTS': str(passed),
-    }
+    env = (
+        env
+        | {f'TREEPO_{key}': value for key, value in tree.items()}
+        | {
+            'GROUP_PORT': str(free_port()),
+            'SEED': str(run.seed),
+            'STEPS': str(MAX_STEPS),
+            'OUTPUT': str(run.folder / 'train'),
+            'TOKEN_MARKS': ','.join(map(str, run.marks)),
+            'TOKEN_POINTS': str(passed),
+        }
+    )
     plugins = [HERE.parents[1] / 'plugin' / 'treepo_plugin.py', QUICKSTART / 'reward.py', HERE / 'token_budget.py']
     command = ['bash', str(QUICKSTART / 'train.sh'), '--callbacks', 'token_budget']
     command += ['--external_plugins', *map(str, plugins)]
@@ -174,6 +178,7 @@ def train(run: Run, server: Service, env: dict[str, str], label: str) -> None:
 def follow(run: Run, label: str, server: Service, training: Service) -> None:
     """Show decoded tokens until the training has ended."""
     from tqdm import tqdm
+
     with tqdm(total=run.marks[-1], desc=f'      {label}', unit='token', unit_scale=True) as bar:
         while True:
             server.check()
@@ -189,10 +194,10 @@ def follow(run: Run, label: str, server: Service, training: Service) -> None:
 
 def read_rows(path: Path) -> list[dict[str, float]]:
     """Reward and decoded tokens of each step in swift's log; 64 answers a step, as quickstart's train.sh says."""
-    return [{
-        'reward': row['reward'],
-        'decoded': row.get('tree/decoded_tokens', 64 * row['completions/mean_length'])
-    } for row in read_log(path, having='completions/mean_length')]
+    return [
+        {'reward': row['reward'], 'decoded': row.get('tree/decoded_tokens', 64 * row['completions/mean_length'])}
+        for row in read_log(path, having='completions/mean_length')
+    ]
 
 
 # Results.
@@ -201,6 +206,7 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 def evaluate(runs: list[Run], base: float) -> dict[str, Any]:
     from tqdm import tqdm
     from transformers.utils import logging
+
     logging.disable_progress_bar()
     results = []
     jobs = [(run, point) for run in runs for point in run.points()]
@@ -222,7 +228,7 @@ def table(results: dict[str, Any]) -> str:
     seeds = sorted({point['seed'] for point in points})
     lines = [
         '| method | steps | ' + ' | '.join(f'{mark:,} tokens' for mark in marks) + ' |',
-        '| --- ' * (len(marks) + 2) + '|'
+        '| --- ' * (len(marks) + 2) + '|',
     ]
     for method in dict.fromkeys(point['method'] for point in points):
         own = [point for point in points if point['method'] == method]
@@ -233,15 +239,18 @@ def table(results: dict[str, Any]) -> str:
     spread = ': mean ± standard deviation (lowest to highest)' if len(seeds) > 1 else ''
     lines.append(
         f'\nHeld-out accuracy in % ({results["heldout_problems"]} problems, one sample each at temperature 1) over '
-        f'seeds {", ".join(map(str, seeds))}{spread}. Before training: {results["base_accuracy"]:.1%}.\n')
+        f'seeds {", ".join(map(str, seeds))}{spread}. Before training: {results["base_accuracy"]:.1%}.\n'
+    )
     return '\n'.join(lines)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Mean line and band from the lowest to the highest seed, against the mean decoded tokens of each mark."""
     import matplotlib
+
     matplotlib.use('Agg')
     from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
     base = results['base_accuracy']
     for method in dict.fromkeys(point['method'] for point in results['points']):
@@ -249,11 +258,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
         groups = [[point for point in own if point['mark'] == mark] for mark in sorted({p['mark'] for p in own})]
         tokens = [0.0] + [statistics.mean(point['tokens'] for point in group) / 1000 for group in groups]
         shares = [[base]] + [[point['accuracy'] for point in group] for group in groups]
-        line, = axes.plot(tokens, [statistics.mean(share) for share in shares], 'o-', label=METHODS[method].title)
-        axes.fill_between(tokens, list(map(min, shares)), list(map(max, shares)), color=line.get_color(), alpha=.12)
+        (line,) = axes.plot(tokens, [statistics.mean(share) for share in shares], 'o-', label=METHODS[method].title)
+        axes.fill_between(tokens, list(map(min, shares)), list(map(max, shares)), color=line.get_color(), alpha=0.12)
     axes.set(xlabel='decoded tokens (thousands)', ylabel='held-out accuracy')
     axes.legend(fontsize=9)
-    axes.grid(alpha=.3)
+    axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 

@@ -1,7 +1,8 @@
 """The number game as an environment of ms-swift, which an external plugin registers by being imported.
 
-    swift rollout ... --external_plugins number_game.py --multi_turn_scheduler gym_scheduler --use_gym_env true
+swift rollout ... --external_plugins number_game.py --multi_turn_scheduler gym_scheduler --use_gym_env true
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -17,6 +18,7 @@ class NumberGame(Env):
 
     Its state is two numbers, so a deep copy of it goes its own way.
     """
+
     def __init__(self, env_config: dict[str, Any]) -> None:
         super().__init__(env_config)
         self.number = 0

@@ -8,6 +8,7 @@ mostly does not. A demonstration may change its mind on the way, so a fork is wo
 This module needs the standard library and the quickstart's task only; `number_game.py` makes it an environment of
 ms-swift.
 """
+
 from __future__ import annotations
 
 import random
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'quickstart'))
-from task import write_datasets  # noqa: E402
+from task import write_datasets
 
 SPLITS = ('pretrain', 'train', 'heldout')
 STYLES = ('halving', 'changed its mind', 'random', 'counting')
@@ -50,6 +51,7 @@ class Game:
     number: int
     name: str
     """Makes the rows of a dataset differ: ms-swift gives equal prompts one `prompt_id`, and so one group."""
+
     @property
     def prompt(self) -> str:
         return OBSERVATION

@@ -8,6 +8,7 @@ result solves about half of the held-out problems when it samples, because it go
 what is left for GRPO to learn is to do so always. The same seed, steps and threads give the same model on one machine.
 The other examples have tasks of their own, of several turns: class Task in `pretraining.py` says what a module needs.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -17,8 +18,18 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from pretraining import (MAX_RESPONSE, Task, check_tokens, encode_prompt, generate, make_batches, make_model,
-                         make_tokenizer, play, pretrain)
+from pretraining import (
+    MAX_RESPONSE,
+    Task,
+    check_tokens,
+    encode_prompt,
+    generate,
+    make_batches,
+    make_model,
+    make_tokenizer,
+    play,
+    pretrain,
+)
 from task import Problem
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
@@ -37,8 +48,10 @@ def report(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, task: Task, *, co
     right = [task.succeeded(messages, problem) for messages, problem in zip(conversations, problems, strict=True)]
     styles = [task.style_of(messages) for messages in conversations]
     print(f'held-out accuracy, sampled at temperature 1: {sum(right) / count:.2f} ({count} problems)')
-    print(f'response tokens: mean {sum(map(len, turns)) / count:.0f} in {len(turns) / count:.1f} turns, '
-          f'longest turn {max(map(len, turns))}; ended by EOS: {ended:.0%}')
+    print(
+        f'response tokens: mean {sum(map(len, turns)) / count:.0f} in {len(turns) / count:.1f} turns, '
+        f'longest turn {max(map(len, turns))}; ended by EOS: {ended:.0%}'
+    )
     counts = Counter(styles)
     for style in task.styles:
         hits = sum(ok for ok, given in zip(right, styles, strict=True) if given == style)
@@ -52,10 +65,11 @@ def report(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, task: Task, *, co
 def main() -> None:
     parser = argparse.ArgumentParser(description='Pre-train the model of the quickstart or of another example.')
     parser.add_argument('--output', type=Path, required=True, help='folder for the model and its tokenizer')
-    parser.add_argument('--task', default='task', help='file or name of the task module; the quickstart\'s by default')
+    parser.add_argument('--task', default='task', help="file or name of the task module; the quickstart's by default")
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument(
-        '--steps', type=int, help='optimizer steps; the quickstart\'s 900 take about 2.3 minutes on two cores')
+        '--steps', type=int, help="optimizer steps; the quickstart's 900 take about 2.3 minutes on two cores"
+    )
     parser.add_argument('--rows', type=int, help='rows of packed demonstrations in a step')
     parser.add_argument('--lr', type=float, default=5e-3)
     parser.add_argument('--threads', type=int, default=2, help='part of what makes a run repeatable')

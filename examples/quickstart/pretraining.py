@@ -2,6 +2,7 @@
 
 A conversation is a list of `{'role': ..., 'content': ...}` in ms-swift's dataset format: user, assistant and tool.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -28,9 +29,11 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """`(input_ids, position_ids, labels)`, each [rows, row_tokens]; only answers carry loss."""
 
 # No default system message, as in ms-swift's `chatml` template: training and serving must see the same prompt.
-CHAT_TEMPLATE = ("{% for message in messages %}"
-                 "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-                 "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHAT_TEMPLATE = (
+    '{% for message in messages %}'
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 # ms-swift's agent template `hermes`: the schemas stand in a system message, a result is a user's turn.
 TOOL_CHAT_TEMPLATE = (
@@ -38,12 +41,13 @@ TOOL_CHAT_TEMPLATE = (
     "query.\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>\n' }}"
     "{% for tool in tools %}{{ (tool | tojson) + '\n' }}{% endfor %}"
     "{{ '</tools>\n\nFor each function call, return a json object with function name and arguments within "
-    "<tool_call></tool_call> XML tags:\n<tool_call>\n"
-    "{\"name\": <function-name>, \"arguments\": <args-json-object>}\n</tool_call><|im_end|>\n' }}{% endif %}"
+    '<tool_call></tool_call> XML tags:\n<tool_call>\n'
+    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n\' }}{% endif %}'
     "{% for message in messages %}{% if message['role'] == 'tool' %}"
     "{{ '<|im_start|>user\n<tool_response>\n' + message['content'] + '\n</tool_response><|im_end|>\n' }}"
     "{% else %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 class Task:
@@ -56,6 +60,7 @@ class Task:
     problem)`, the message after an assistant's or None where the conversation is over, `succeeded(messages, problem)`
     and `style_of(messages)`. The constants and `drill` are for the modules that need them.
     """
+
     def __init__(self, module: ModuleType) -> None:
         self.module = module
         self.is_multi_turn = hasattr(module, 'reply')
@@ -150,7 +155,7 @@ def encode(tokenizer: Qwen2Tokenizer, messages: Messages, tools: Tools) -> tuple
         if not text.startswith(done):
             raise ValueError(f'the chat template rewrites the turns before message {turn}: {text!r}')
         # An answer is a piece of its own, as ms-swift cuts it: what is sampled never merges with what is around it.
-        prompt = tokenizer.encode(text[len(done):], add_special_tokens=False)
+        prompt = tokenizer.encode(text[len(done) :], add_special_tokens=False)
         answer = tokenizer.encode(message['content'], add_special_tokens=False) + [tokenizer.eos_token_id]
         ids += prompt + answer
         labels += [IGNORED] * len(prompt) + answer
@@ -166,6 +171,7 @@ def check_tokens(folder: Path, conversations: list[tuple[Messages, Tools]]) -> N
     """
     from swift.model import get_processor
     from swift.template import get_template
+
     tokenizer = get_processor(str(folder), model_type='qwen2', download_model=False)
     template = get_template(tokenizer, template_type='chatml', agent_template='hermes')
     newline = tokenizer.encode('\n', add_special_tokens=False)
@@ -173,7 +179,7 @@ def check_tokens(folder: Path, conversations: list[tuple[Messages, Tools]]) -> N
     def compare(what: str, ours: list[int], theirs: list[int]) -> None:
         if ours != theirs:
             shown = [tokenizer.decode([token for token in tokens if token >= 0]) for tokens in (ours, theirs)]
-            raise ValueError(f'{what} differs from ms-swift\'s:\n  ours   {shown[0]!r}\n  theirs {shown[1]!r}')
+            raise ValueError(f"{what} differs from ms-swift's:\n  ours   {shown[0]!r}\n  theirs {shown[1]!r}")
 
     for messages, tools in conversations:
         ids, labels = encode(tokenizer, messages, tools)
@@ -189,7 +195,7 @@ def check_tokens(folder: Path, conversations: list[tuple[Messages, Tools]]) -> N
                 asked = messages[:turn] + [{'role': 'assistant', 'content': None}]
                 prompt = template.encode({'messages': asked, 'tools': tools})['input_ids']
                 compare(f'the prompt of message {turn}', encode_prompt(tokenizer, messages[:turn], tools), prompt)
-                compare(f'the training sequence up to message {turn}', ids[:len(prompt)], prompt)
+                compare(f'the training sequence up to message {turn}', ids[: len(prompt)], prompt)
 
 
 # --- training ---
@@ -210,7 +216,9 @@ def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
             tie_word_embeddings=True,
             bos_token_id=None,
             initializer_range=0.05,
-            **ids))
+            **ids,
+        )
+    )
     model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, **ids)
     return model
 
@@ -247,7 +255,7 @@ def pretrain(model: Qwen2ForCausalLM, batches: list[Batch], *, lr: float) -> Non
     others = [parameter for parameter in model.parameters() if all(parameter is not matrix for matrix in matrices)]
     optimizers = [
         torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn='match_rms_adamw'),
-        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     warmup = max(1, len(batches) // 30)
 
@@ -275,22 +283,25 @@ def pretrain(model: Qwen2ForCausalLM, batches: list[Batch], *, lr: float) -> Non
 
 
 @torch.inference_mode()
-def generate(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, prompts: list[list[int]],
-             max_new_tokens: int) -> list[list[int]]:
+def generate(
+    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, prompts: list[list[int]], max_new_tokens: int
+) -> list[list[int]]:
     """One answer a prompt at temperature 1, as token ids up to and including EOS."""
     model.eval()
     tokenizer.padding_side = 'left'
     inputs = tokenizer.pad({'input_ids': prompts}, return_tensors='pt')
     output = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+        **inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
+    )
     answers = []
-    for row in output[:, inputs['input_ids'].shape[1]:].tolist():
-        answers.append(row[:row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row)
+    for row in output[:, inputs['input_ids'].shape[1] :].tolist():
+        answers.append(row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row)
     return answers
 
 
-def play(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, task: Task,
-         problems: list[Any]) -> tuple[list[Messages], list[list[list[int]]]]:
+def play(
+    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, task: Task, problems: list[Any]
+) -> tuple[list[Messages], list[list[list[int]]]]:
     """One whole conversation a problem, the open ones turn by turn together, and the token ids of the answers in it."""
     conversations: list[Messages] = [[{'role': 'user', 'content': problem.prompt}] for problem in problems]
     turns: list[list[list[int]]] = [[] for _ in problems]

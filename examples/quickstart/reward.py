@@ -1,4 +1,5 @@
 """The reward of the quickstart, as a swift reward plugin: 1 for a right boxed answer, else 0."""
+
 from __future__ import annotations
 
 from swift.rewards import ORM, orms

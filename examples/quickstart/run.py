@@ -4,6 +4,7 @@
 
 What is there already is used again: the model, the data, and a finished training of the same seed and steps.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -12,8 +13,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from services import Service, free_port, guarded, offline_environment
 
@@ -95,6 +97,7 @@ def train(args: argparse.Namespace, run: Path, base: Path, data: Path) -> None:
 def follow(log: Path, steps: int, checks: list[Callable[[], int | None]]) -> None:
     """Show the training's progress until it has ended; the last of `checks` is the training's own."""
     from tqdm import tqdm
+
     with tqdm(total=steps, desc='      ', unit='step') as bar:
         while True:
             ended = [check() for check in checks][-1] is not None
@@ -136,6 +139,7 @@ def accuracy(model: Path, cache: Path) -> float:
     from make_model import sample
     from task import distinct_problems, is_correct
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(model)
     torch.manual_seed(0)
     tasks = distinct_problems('heldout', HELDOUT, 0)
@@ -152,14 +156,15 @@ def report(run: Path, checkpoint: Path, before: float, after: float, *, minutes:
     rows = read_log(run / 'train' / 'logging.jsonl')
     decoded = sum(row['tree/decoded_tokens'] for row in rows)
     independent = sum(row['tree/independent_tokens'] for row in rows)
-    share = sum(row['tree/scheduler_cpu_share'] * row['tree/rollout_seconds']
-                for row in rows) / sum(row['tree/rollout_seconds'] for row in rows)
+    share = sum(row['tree/scheduler_cpu_share'] * row['tree/rollout_seconds'] for row in rows) / sum(
+        row['tree/rollout_seconds'] for row in rows
+    )
     table = [
         ('held-out accuracy', f'{before:.1%} -> {after:.1%}'),
         ('training reward', f'{rows[0]["reward"]:.2f} -> {rows[-1]["reward"]:.2f}'),
         ('tokens decoded', f'{decoded:,.0f}'),
         ('the same answers, sampled one by one', f'{independent:,.0f} ({1 - decoded / independent:.0%} saved)'),
-        ('scheduler\'s own CPU time', f'{share:.1%} of the rollouts\' wall time'),
+        ("scheduler's own CPU time", f"{share:.1%} of the rollouts' wall time"),
         ('checkpoint', str(checkpoint)),
         ('logs', f'{run}/rollout.log, train.log, train/logging.jsonl'),
         ('curves', str(draw(run, rows, before, after))),
@@ -171,8 +176,10 @@ def report(run: Path, checkpoint: Path, before: float, after: float, *, minutes:
 
 def draw(run: Path, rows: list[dict[str, float]], before: float, after: float) -> Path:
     import matplotlib
+
     matplotlib.use('Agg')
     from matplotlib import pyplot
+
     steps = range(1, len(rows) + 1)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
     left.plot(steps, [row['reward'] for row in rows], label='training reward')
@@ -183,7 +190,7 @@ def draw(run: Path, rows: list[dict[str, float]], before: float, after: float) -
     right.set(xlabel='GRPO step', ylabel='tokens a step', ylim=(0, None), title='What it decoded for the same answers')
     for axes in (left, right):
         axes.legend()
-        axes.grid(alpha=.3)
+        axes.grid(alpha=0.3)
     path = run / 'curves.png'
     figure.tight_layout()
     figure.savefig(path, dpi=120)

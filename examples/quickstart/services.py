@@ -1,4 +1,5 @@
 """Child processes that leave nothing behind: each in a process group of its own, its output in a log file."""
+
 from __future__ import annotations
 
 import os
@@ -9,9 +10,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Callable
 
 GRACE_SECONDS = 10
 
@@ -22,6 +23,7 @@ class ServiceFailed(RuntimeError):
 
 class Service:
     """A command with a log, as a context manager that ends the command and all of its children."""
+
     def __init__(self, name: str, command: list[str], *, log: Path, env: dict[str, str]) -> None:
         self.name, self.command, self.log, self.env = name, command, log, env
 
@@ -35,11 +37,13 @@ class Service:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=self.env,
-                start_new_session=True)
+                start_new_session=True,
+            )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for signum in (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(self.process.pid, signum)
@@ -53,8 +57,10 @@ class Service:
         """The exit status, None while it runs; raises `ServiceFailed` for any but 0."""
         status = self.process.poll()
         if status:
-            raise ServiceFailed(f'{self.name} ended with status {status}. The end of its log:\n\n{self.tail()}\n\n'
-                                f'The whole log: {self.log}')
+            raise ServiceFailed(
+                f'{self.name} ended with status {status}. The end of its log:\n\n{self.tail()}\n\n'
+                f'The whole log: {self.log}'
+            )
         return status
 
     def tail(self, lines: int = 15) -> str:

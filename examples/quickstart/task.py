@@ -8,6 +8,7 @@ count that is given up half-way), so that a fork is worth something at any depth
 
 This module needs the standard library only: a reward function may import it in any process.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -41,6 +42,7 @@ class Problem:
     """The digits to add: 1 to 9, each at most once, so that the digit after a given one is never in doubt."""
     prompt: str
     """What the user says."""
+
     @property
     def solution(self) -> str:
         return str(sum(self.terms))
@@ -118,7 +120,7 @@ def _count(terms: tuple[int, ...], rng: random.Random) -> str:
     tempted = False
     lines = [f'Start with {total}. Left: {"".join(map(str, terms[1:]))}.']
     for step, term in enumerate(terms[1:], start=1):
-        left = terms[step + 1:]
+        left = terms[step + 1 :]
         after = total + term
         lines.append(f'Step {step}: {total} and {term} make {after}. Left: {"".join(map(str, left)) or "none"}.')
         total = after
@@ -165,13 +167,12 @@ def is_correct(text: str | None, solution: str) -> bool:
     if start < 0:
         return False
     start += len(_BOXED)
-    return text[start:text.index('}', start)] == solution
+    return text[start : text.index('}', start)] == solution
 
 
-def write_datasets(distinct: Callable[[str, int, int], Sequence[Any]],
-                   *,
-                   train: int = 2000,
-                   heldout: int = 256) -> None:
+def write_datasets(
+    distinct: Callable[[str, int, int], Sequence[Any]], *, train: int = 2000, heldout: int = 256
+) -> None:
     """The command line of a task: writes its train and held-out problems as ms-swift's GRPO datasets.
 
     `distinct` gives `(split, count, seed)` problems, each of which has a `to_row`.

@@ -5,6 +5,7 @@
 For each depth (turns of a conversation) the same training runs on conversations sampled one by one, and on trees with
 forks at turns. What is there already is used again. Results: results.md and results.json in --output.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -19,9 +20,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 QUICKSTART = HERE.parent / 'quickstart'
 sys.path[:0] = [str(QUICKSTART), str(HERE.parent)]
-from run import START_TIMEOUT, read_log, step  # noqa: E402
-from run_recipe import make_model  # noqa: E402
-from services import Service, free_port, guarded, offline_environment  # noqa: E402
+from run import START_TIMEOUT, read_log, step
+from run_recipe import make_model
+from services import Service, free_port, guarded, offline_environment
 
 BATCH, WIDTH = 8, 8
 """Prompts a step and conversations a prompt: what train.sh says."""
@@ -97,11 +98,13 @@ def compare(args: argparse.Namespace) -> None:
     print(f'\n{table(results)}\n  {output}/results.md, results.json')
 
 
-def serve_and_train(folder: Path, depth: int, methods: list[Method], args: argparse.Namespace,
-                    env: dict[str, str]) -> list[Result]:
+def serve_and_train(
+    folder: Path, depth: int, methods: list[Method], args: argparse.Namespace, env: dict[str, str]
+) -> list[Result]:
     """Train the methods that share a scheduler one after the other, on one server."""
-    runs = [(method, folder / method.name.replace(', ', '-').replace(' ', '') / f'steps-{args.steps}')
-            for method in methods]
+    runs = [
+        (method, folder / method.name.replace(', ', '-').replace(' ', '') / f'steps-{args.steps}') for method in methods
+    ]
     if args.fresh:
         for _, run in runs:
             shutil.rmtree(run, ignore_errors=True)
@@ -120,6 +123,7 @@ def serve_and_train(folder: Path, depth: int, methods: list[Method], args: argpa
 
 def train(method: Method, depth: int, run: Path, server: Service, env: dict[str, str], steps: int) -> None:
     from tqdm import tqdm
+
     shutil.rmtree(run, ignore_errors=True)  # what a training that was stopped has left
     env = env | {'GROUP_PORT': str(free_port()), 'STEPS': str(steps), 'OUTPUT': str(run / 'train')}
     log = run / 'train' / 'logging.jsonl'
@@ -145,15 +149,18 @@ def measure(method: Method, depth: int, log: Path) -> Result:
         calls=round(sum(row.get('tree/engine_requests', conversations * row['num_turns']) for row in rows)),
         turns=sum(row['num_turns'] for row in rows) / len(rows),
         decoded_tokens=round(
-            sum(row.get('tree/decoded_tokens', conversations * row['completions/mean_length']) for row in rows)),
+            sum(row.get('tree/decoded_tokens', conversations * row['completions/mean_length']) for row in rows)
+        ),
         reward=sum(row['reward'] for row in rows) / len(rows),
-        seconds=end['train_runtime'])
+        seconds=end['train_runtime'],
+    )
 
 
 def table(results: list[Result]) -> str:
     lines = [
         '| depth | | inference calls | saved | published | turns | decoded tokens | saved | train iterations/s | gain '
-        '|', '| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |'
+        '|',
+        '| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |',
     ]
     published: dict[str, dict[int, str]] = {method.name: method.published for method in METHODS}
     for result in results:

@@ -7,6 +7,7 @@ which is mostly wrong; and when the user wants an answer at once it has to. So a
 
 This module needs the standard library and the quickstart's task only: a reward function may import it in any process.
 """
+
 from __future__ import annotations
 
 import random
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'quickstart'))
-from task import DRILL_PROMPT, SPLITS, Problem, distinct_problems, drill, is_correct, main, problems  # noqa: E402
+from task import DRILL_PROMPT, SPLITS, Problem, distinct_problems, drill, is_correct, main, problems
 
 __all__ = ['DRILL_PROMPT', 'SPLITS', 'Problem', 'distinct_problems', 'drill', 'is_correct', 'problems']
 
@@ -48,7 +49,7 @@ def demonstrate(problem: Problem, rng: random.Random) -> Messages:
         opening = rng.choice(('This looks easy.', 'I have a feeling for sums.', 'There is no need to add it all up.'))
         return _say(messages, f'{opening} {_box(_guess(sum(terms), rng))}')
     for step in range(len(terms)):
-        total, left = sum(terms[:step + 1]), terms[step + 1:]
+        total, left = sum(terms[: step + 1]), terms[step + 1 :]
         if step == 0:
             _say(messages, f'Start with {total}. Left: {_digits(left)}.')
         else:

@@ -3,6 +3,7 @@
     swift rollout ... --external_plugins plugin/treepo_plugin.py examples/swift_schedulers/trees.py \
         --multi_turn_scheduler math_tips_tree --max_turns 2
 """
+
 from __future__ import annotations
 
 import sys
@@ -12,10 +13,10 @@ from swift.rewards.orm import MathAccuracy
 from swift.rollout import multi_turns
 from swift.rollout.multi_turn import MathTipsScheduler
 
-from treepo_swift.scheduler import TreeRolloutScheduler
+from treepo_swift.server.scheduler import TreeRolloutScheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'tools'))
-from agent_tools import calculate  # noqa: E402
+from agent_tools import calculate
 
 
 class MathTipsTree(TreeRolloutScheduler, MathTipsScheduler):
@@ -45,6 +46,7 @@ class ToolCallTree(TreeRolloutScheduler):
 
     Generate with ``--stop_words Observation:``. Tools other than the calculator are yours to add.
     """
+
     def check_finished(self, infer_request, response_choice, current_turn):
         done = 'Action Input:' not in response_choice.message.content
         return done or super().check_finished(infer_request, response_choice, current_turn)
@@ -58,9 +60,7 @@ class ToolCallTree(TreeRolloutScheduler):
             'infer_request': infer_request,
             'response_token_ids': sampled + added,
             'response_loss_mask': [1] * len(sampled) + [0] * len(added),
-            'rollout_infos': {
-                f'tool_{current_turn}': said.strip()
-            }
+            'rollout_infos': {f'tool_{current_turn}': said.strip()},
         }
 
 

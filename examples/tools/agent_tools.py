@@ -6,6 +6,7 @@ that gets something wrong reads an `error: ...` that says what is allowed; an ex
 
 This module needs the standard library only: a reward function may import it in any process.
 """
+
 from __future__ import annotations
 
 import json
@@ -72,6 +73,7 @@ def calculate(expression: str) -> str:
 
 class _Expression:
     """A parser by precedence climbing that computes as it goes."""
+
     def __init__(self, text: str) -> None:
         self.tokens = _tokenize(text)
         self.position = 0
@@ -171,7 +173,7 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())
     if bits * abs(exponent) > MAX_BITS:
         raise _Refused('a power is too large or too fine; allowed: up to 10**30')
-    return base**int(exponent)
+    return base ** int(exponent)
 
 
 def _sum(*values: Fraction) -> Fraction:
@@ -232,6 +234,7 @@ class Corpus:
     A word that stands in n of N documents weighs ln(1 + (N - n + 0.5) / (n + 0.5)), which is never negative; a document
     of length l that has it f times scores f (k + 1) / (f + k (1 - b + b l / mean l)) of that weight.
     """
+
     K = 1.2
     B = 0.75
 
@@ -276,6 +279,7 @@ class Tool:
     """The JSON schema of the arguments, an object with `properties` and `required`."""
     function: Callable[..., str]
     """Called with the arguments by name, which have the names and, for strings, the types of the schema."""
+
     def to_schema(self) -> dict[str, Any]:
         """One entry of the `tools` column of an ms-swift dataset."""
         function = {'name': self.name, 'description': self.description, 'parameters': self.parameters}
@@ -285,10 +289,18 @@ class Tool:
 def make_tools(corpus: Corpus) -> dict[str, Tool]:
     """By name, as `run_call` takes them. How many documents a search gives is not for the model to choose."""
     tools = (
-        Tool('calculator', 'Computes with exact numbers: + - * / // % ** ( ) sum min max abs round.',
-             _one_string('expression', 'for example: (12 + 30) * 4'), calculate),
-        Tool('search', 'Finds the documents that fit some words best.', _one_string('query', 'a few words to look for'),
-             corpus.search),
+        Tool(
+            'calculator',
+            'Computes with exact numbers: + - * / // % ** ( ) sum min max abs round.',
+            _one_string('expression', 'for example: (12 + 30) * 4'),
+            calculate,
+        ),
+        Tool(
+            'search',
+            'Finds the documents that fit some words best.',
+            _one_string('query', 'a few words to look for'),
+            corpus.search,
+        ),
     )
     return {tool.name: tool for tool in tools}
 
@@ -328,7 +340,7 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]] | str | None:
 def run_call(call: tuple[str, dict[str, Any]] | str, tools: Mapping[str, Tool], *, max_characters: int = 300) -> str:
     """What the model reads after its call, which is a result of `parse_call`: an error found there is passed on."""
     text = call if isinstance(call, str) else _run(*call, tools)
-    return text if len(text) <= max_characters else text[:max_characters - len(CUT_MARK)] + CUT_MARK
+    return text if len(text) <= max_characters else text[: max_characters - len(CUT_MARK)] + CUT_MARK
 
 
 def _run(name: str, arguments: dict[str, Any], tools: Mapping[str, Tool]) -> str:

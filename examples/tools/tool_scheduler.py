@@ -1,4 +1,5 @@
 """Tool calls as trees: an external plugin for `swift rollout`. Whatever the model writes is read, never run."""
+
 from __future__ import annotations
 
 import sys
@@ -6,11 +7,11 @@ from pathlib import Path
 
 from swift.rollout import multi_turns
 
-from treepo_swift.scheduler import TreeRolloutScheduler
+from treepo_swift.server.scheduler import TreeRolloutScheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from agent_tools import parse_call, run_call  # noqa: E402
-from tool_task import tools  # noqa: E402
+from agent_tools import parse_call, run_call
+from tool_task import tools
 
 
 class ToolTree(TreeRolloutScheduler):
@@ -18,6 +19,7 @@ class ToolTree(TreeRolloutScheduler):
 
     The result is a message of the role `tool`: swift's agent template (``--agent_template hermes``) writes it.
     """
+
     def check_finished(self, infer_request, response_choice, current_turn):
         no_call = parse_call(response_choice.message.content) is None
         return no_call or super().check_finished(infer_request, response_choice, current_turn)

@@ -7,6 +7,7 @@ demonstration may change its mind on the way, so a fork is worth something at an
 
 This module needs the standard library only: a reward function may import it in any process.
 """
+
 from __future__ import annotations
 
 import json
@@ -20,8 +21,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / 'quickstart')]
-from agent_tools import Corpus, Tool, make_tools, parse_call, run_call  # noqa: E402
-from task import is_correct, write_datasets  # noqa: E402
+from agent_tools import Corpus, Tool, make_tools, parse_call, run_call
+from task import is_correct, write_datasets
 
 SPLITS = ('pretrain', 'train', 'heldout')
 STYLES = ('right tool', 'wrong tool', 'bad call', 'guess')
@@ -57,6 +58,7 @@ class Question:
     """What to give it."""
     world: int = 0
     """Whose coins it is about."""
+
     def to_row(self) -> dict[str, object]:
         """One line of ms-swift's GRPO dataset; `solution` reaches the reward function as a column."""
         return {'messages': [{'role': 'user', 'content': self.prompt}], 'solution': self.solution}
@@ -73,7 +75,7 @@ def corpus(world: int = 0) -> Corpus:
     """
     rng = random.Random(f'coins-{world}')
     coins = [number for number in range(10, 100) if number % 11]
-    return Corpus([f'{owner}\'s {place} holds {rng.choice(coins)} coins.' for owner in OWNERS for place in PLACES])
+    return Corpus([f"{owner}'s {place} holds {rng.choice(coins)} coins." for owner in OWNERS for place in PLACES])
 
 
 @lru_cache
@@ -125,9 +127,10 @@ def _sum(rng: random.Random) -> Question:
 
 
 def _coins(rng: random.Random, world: int) -> Question:
-    place = f'{rng.choice(OWNERS)}\'s {rng.choice(PLACES)}'
+    place = f"{rng.choice(OWNERS)}'s {rng.choice(PLACES)}"
     prompt = rng.choice(
-        ('How many coins are in {}?', 'How many coins does {} hold?', 'Count the coins in {}.', 'How full is {}?'))
+        ('How many coins are in {}?', 'How many coins does {} hold?', 'Count the coins in {}.', 'How full is {}?')
+    )
     document = tools(world)['search'].function(place).splitlines()[0]
     return Question(prompt.format(place), document.split()[-2], 'search', place, world)
 
@@ -162,7 +165,7 @@ def _say(messages: Messages, text: str) -> Messages:
 
 def _call(messages: Messages, opening: str, tool: str, question: Question) -> None:
     """A turn that calls a tool, and what comes back."""
-    key, = tools()[tool].parameters['required']
+    (key,) = tools()[tool].parameters['required']
     call = json.dumps({'name': tool, 'arguments': {key: question.argument}})
     _say(messages, f'{opening}<tool_call>\n{call}\n</tool_call>')
     messages.append({'role': 'tool', 'content': _result(messages[-1]['content'], question)})
@@ -200,7 +203,7 @@ def style_of(messages: Messages) -> str:
         return 'guess'
     if isinstance(call, str):
         return 'bad call'
-    needed = 'search' if '\'s ' in messages[0]['content'] else 'calculator'
+    needed = 'search' if "'s " in messages[0]['content'] else 'calculator'
     return 'right tool' if call[0] == needed else 'wrong tool'
 
 

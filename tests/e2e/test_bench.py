@@ -1,4 +1,5 @@
 """`treepo-swift bench` on a real engine, and what `simulate` makes of its result."""
+
 from __future__ import annotations
 
 import json
@@ -10,25 +11,37 @@ from pathlib import Path
 import pytest
 
 ENGINE = [
-    '--model_type', 'qwen2', '--template', 'chatml', '--torch_dtype', 'float32', '--vllm_enforce_eager', 'true',
-    '--vllm_max_model_len', '256', '--vllm_engine_kwargs', '{"block_size": 32}'
+    '--model_type',
+    'qwen2',
+    '--template',
+    'chatml',
+    '--torch_dtype',
+    'float32',
+    '--vllm_enforce_eager',
+    'true',
+    '--vllm_max_model_len',
+    '256',
+    '--vllm_engine_kwargs',
+    '{"block_size": 32}',
 ]
 
 
 @pytest.fixture
 def command(environment: dict[str, str], model: Path):
     def run(*args: str, engine: bool = True, **env: str) -> subprocess.CompletedProcess:
-        return subprocess.run([
-            sys.executable, '-m', 'treepo_swift.cli.main', *args,
-            *(['--', '--model', str(model), *ENGINE] if engine else [])
-        ],
-                              capture_output=True,
-                              text=True,
-                              timeout=300,
-                              env={
-                                  **environment, 'VLLM_CPU_KVCACHE_SPACE': '1',
-                                  **env
-                              })
+        return subprocess.run(
+            [
+                sys.executable,
+                '-m',
+                'treepo_swift.cli.main',
+                *args,
+                *(['--', '--model', str(model), *ENGINE] if engine else []),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**environment, 'VLLM_CPU_KVCACHE_SPACE': '1', **env},
+        )
 
     return run
 
@@ -46,7 +59,8 @@ def test_a_bench_counts_what_it_says_and_feeds_the_simulator(command, tmp_path):
         '--json',
         str(found),
         TREEPO_SEGMENT_LENGTH='32',
-        TREEPO_MAX_DEPTH='4')
+        TREEPO_MAX_DEPTH='4',
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(found.read_text())
     modes = result['modes']
@@ -66,12 +80,15 @@ def test_a_bench_counts_what_it_says_and_feeds_the_simulator(command, tmp_path):
 
     engine = tmp_path / 'engine.json'
     engine.write_text(
-        json.dumps({
-            'step_seconds': 0.005,
-            'step_seconds_per_sequence': 1e-4,
-            'step_seconds_per_context_token': 0.0,
-            'prefill_seconds_per_token': 1e-5
-        }))
+        json.dumps(
+            {
+                'step_seconds': 0.005,
+                'step_seconds_per_sequence': 1e-4,
+                'step_seconds_per_context_token': 0.0,
+                'prefill_seconds_per_token': 1e-5,
+            }
+        )
+    )
     done = command('simulate', '--engine', str(engine), '--validate', str(found), engine=False)
     assert done.returncode == 0, done.stderr
     assert all(mode in done.stdout for mode in modes) and '%' in done.stdout
@@ -95,18 +112,22 @@ def test_answers_end_where_the_workload_says(command, tmp_path):
         '--json',
         str(found),
         TREEPO_SEGMENT_LENGTH='32',
-        TREEPO_MAX_DEPTH='4')
+        TREEPO_MAX_DEPTH='4',
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(json.loads(found.read_text())['lengths']) <= {20, 50}
 
 
-@pytest.mark.parametrize('args, message', [
-    (['--modes', 'independent,tree'], 'unknown tree; allowed are independent, lockstep, stream, example'),
-    (['--modes', 'example'], '--example FILE belongs to --modes'),
-    (['--workload', 'lengths'], '--lengths FILE belongs to --workload lengths'),
-    (['--width', '0'], 'must be at least 1'),
-    (['--data', os.devnull], 'has 0 prompts, --prompts asks for 12'),
-])
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        (['--modes', 'independent,tree'], 'unknown tree; allowed are independent, lockstep, stream, example'),
+        (['--modes', 'example'], '--example FILE belongs to --modes'),
+        (['--workload', 'lengths'], '--lengths FILE belongs to --workload lengths'),
+        (['--width', '0'], 'must be at least 1'),
+        (['--data', os.devnull], 'has 0 prompts, --prompts asks for 12'),
+    ],
+)
 def test_what_can_not_work_is_refused_before_an_engine_starts(command, args, message):
     done = command('bench', *args)
     assert done.returncode == 1 and message in done.stderr

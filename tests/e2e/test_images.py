@@ -1,4 +1,5 @@
 """Images on the real loop: one in the prompt, and another that an environment shows between two turns."""
+
 from __future__ import annotations
 
 import json
@@ -16,13 +17,14 @@ from PIL import Image
 
 pytest.importorskip(
     'transformers.models.idefics3.image_processing_pil_idefics3',
-    reason='this transformers has no Idefics3 that works without torchvision, of which the model here is a tiny one')
+    reason='this transformers has no Idefics3 that works without torchvision, of which the model here is a tiny one',
+)
 
-from transformers import Idefics3ForConditionalGeneration, Idefics3Processor  # noqa: E402
+from transformers import Idefics3ForConditionalGeneration, Idefics3Processor
 
-from tests.e2e.conftest import QUICKSTART, ROOT, Service, free_port  # noqa: E402
-from tests.e2e.vision import BOS, COLORS, EOS, QUESTION, make_dataset, make_model, make_pictures  # noqa: E402
-from treepo_swift.transport import RequestNote  # noqa: E402
+from tests.e2e.conftest import QUICKSTART, ROOT, Service, free_port
+from tests.e2e.vision import BOS, COLORS, EOS, QUESTION, make_dataset, make_model, make_pictures
+from treepo_swift.wire.note import RequestNote
 
 CONFIG = {'segment_length': 32, 'max_depth': 2, 'fork_at': 'both', 'answer': 'none'}
 PLUGINS = [str(ROOT / 'plugin' / 'treepo_plugin.py'), str(ROOT / 'tests' / 'e2e' / 'vision_plugin.py')]
@@ -39,10 +41,7 @@ def test_trees_with_images(tmp_path: Path) -> None:
     (tmp_path / 'tree.yaml').write_text(yaml.safe_dump(CONFIG))
     port = free_port()
     environment = {
-        **{
-            key: value
-            for key, value in os.environ.items() if not key.startswith('TREEPO_')
-        },
+        **{key: value for key, value in os.environ.items() if not key.startswith('TREEPO_')},
         'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
         'HF_HUB_OFFLINE': '1',
         'TRANSFORMERS_OFFLINE': '1',
@@ -109,10 +108,12 @@ def check_rollouts(port: int, weights: Path, pictures: list[Path]) -> None:
         for turn, expected in zip(served, scorer(output, mine), strict=True):
             assert torch.allclose(turn, expected, atol=1e-4)
         # The first token of each turn, had another picture been before it.
-        gaps.append([
-            (served[0][0] - scorer(output, [other[0], second])[0][0]).abs(),
-            (served[1][0] - scorer(output, [mine[0], mine[0]])[1][0]).abs(),
-        ])
+        gaps.append(
+            [
+                (served[0][0] - scorer(output, [other[0], second])[0][0]).abs(),
+                (served[1][0] - scorer(output, [mine[0], mine[0]])[1][0]).abs(),
+            ]
+        )
     # Each picture changes what is said: it reached the engine, in its place.
     assert all(mean > 0.01 for mean in torch.tensor(gaps).mean(0))
 
@@ -121,24 +122,16 @@ def post(port: int, shown: list[list[Path]]) -> list[dict]:
     """One conversation for each pair of pictures; all of them begin with the same text."""
     note = RequestNote(config=CONFIG, num_generations=WIDTH).to_dict()
     body = {
-        'infer_requests': [{
-            'messages': [{
-                'role': 'user',
-                'content': QUESTION
-            }],
-            'images': [str(first)],
-            'uuid': f'r{i}',
-            'data_dict': {
-                'treepo': note,
-                'second': str(second)
+        'infer_requests': [
+            {
+                'messages': [{'role': 'user', 'content': QUESTION}],
+                'images': [str(first)],
+                'uuid': f'r{i}',
+                'data_dict': {'treepo': note, 'second': str(second)},
             }
-        } for i, (first, second) in enumerate(shown)],
-        'request_config': {
-            'max_tokens': TURN,
-            'temperature': 1.0,
-            'return_details': True,
-            'logprobs': True
-        },
+            for i, (first, second) in enumerate(shown)
+        ],
+        'request_config': {'max_tokens': TURN, 'temperature': 1.0, 'return_details': True, 'logprobs': True},
     }
     response = requests.post(f'http://127.0.0.1:{port}/infer/', json=body, timeout=200)
     assert response.status_code == 200, response.text
@@ -147,6 +140,7 @@ def post(port: int, shown: list[list[Path]]) -> list[dict]:
 
 class Scorer:
     """Log-probs by transformers."""
+
     def __init__(self, weights: Path) -> None:
         self._processor = Idefics3Processor.from_pretrained(weights)
         self._model = Idefics3ForConditionalGeneration.from_pretrained(weights, dtype=torch.float32).eval()

@@ -1,4 +1,5 @@
 """The whole loop on real vLLM and the real swift CLIs, without a GPU."""
+
 from __future__ import annotations
 
 import itertools
@@ -16,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e.conftest import QUICKSTART, ROOT
 from treepo_swift.config import TreeConfig
-from treepo_swift.transport import RequestNote
-from treepo_swift.weight_sync import PROBE_TEXT
+from treepo_swift.trainer.weight_sync import PROBE_TEXT
+from treepo_swift.wire.note import RequestNote
 
 CONFIGS = [
     TreeConfig(segment_length=32, max_depth=4),
@@ -30,7 +31,8 @@ CONFIGS = [
         branch_temperature=0.5,
         fallback='random_token',
         fallback_candidates='any',
-        after_answer='cut'),
+        after_answer='cut',
+    ),
     TreeConfig(
         segment_length=32,
         max_depth=4,
@@ -39,7 +41,8 @@ CONFIGS = [
         branching='logprob',
         fallback='min_logprob_token',
         budget='by_segment_tokens',
-        budget_tokens=256),
+        budget_tokens=256,
+    ),
 ]
 
 
@@ -53,22 +56,11 @@ def logprobs_of(model_dir: Path, ids: list[int]) -> torch.Tensor:
 
 def post(port: int, notes: list[dict], messages: list[str], max_tokens: int) -> list[dict]:
     body = {
-        'infer_requests': [{
-            'messages': [{
-                'role': 'user',
-                'content': text
-            }],
-            'uuid': f'r{i}',
-            'data_dict': {
-                'treepo': note
-            }
-        } for i, (text, note) in enumerate(zip(messages, notes))],
-        'request_config': {
-            'max_tokens': max_tokens,
-            'temperature': 1.0,
-            'return_details': True,
-            'logprobs': True
-        },
+        'infer_requests': [
+            {'messages': [{'role': 'user', 'content': text}], 'uuid': f'r{i}', 'data_dict': {'treepo': note}}
+            for i, (text, note) in enumerate(zip(messages, notes))
+        ],
+        'request_config': {'max_tokens': max_tokens, 'temperature': 1.0, 'return_details': True, 'logprobs': True},
     }
     response = requests.post(f'http://127.0.0.1:{port}/infer/', json=body, timeout=200)
     assert response.status_code == 200, response.text
@@ -85,18 +77,26 @@ def test_training_on_trees(serve, train, model, tmp_path, capsys):
     port = serve()
     evaluation = [
         '--val_dataset',
-        str(model / 'heldout.jsonl'), '--eval_strategy', 'steps', '--eval_steps', '2', '--per_device_eval_batch_size',
-        '8', '--num_generations_eval', '1'
+        str(model / 'heldout.jsonl'),
+        '--eval_strategy',
+        'steps',
+        '--eval_steps',
+        '2',
+        '--per_device_eval_batch_size',
+        '8',
+        '--num_generations_eval',
+        '1',
     ]
     result = train(port, *evaluation, steps=3, SAVE_STEPS='1')
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert 'weight sync is proven' in result.stdout + result.stderr
     out = tmp_path / 'train'
     rows = [json.loads(line) for line in (out / 'logging.jsonl').read_text().splitlines()]
-    rows = [{
-        k: float(v)
-        for k, v in row.items() if k.startswith('tree/') or k == 'reward'
-    } for row in rows if 'tree/decoded_tokens' in row]
+    rows = [
+        {k: float(v) for k, v in row.items() if k.startswith('tree/') or k == 'reward'}
+        for row in rows
+        if 'tree/decoded_tokens' in row
+    ]
     assert len(rows) == 3
     assert all(row['tree/trees'] == 8 and row['tree/failures'] == 0 for row in rows)
     assert all(0 < row['tree/decoded_tokens'] < row['tree/independent_tokens'] for row in rows)
@@ -107,8 +107,10 @@ def test_training_on_trees(serve, train, model, tmp_path, capsys):
     assert evaluated and not any(key.startswith(('tree/', 'eval_tree/')) for row in evaluated for key in row)
     share = median(row['tree/scheduler_cpu_share'] for row in rows)
     with capsys.disabled():
-        print(f'\nscheduler CPU time: {share:.1%} of a rollout\'s wall time; '
-              f'tokens saved: {[round(row["tree/saved_fraction"], 2) for row in rows]}')
+        print(
+            f"\nscheduler CPU time: {share:.1%} of a rollout's wall time; "
+            f'tokens saved: {[round(row["tree/saved_fraction"], 2) for row in rows]}'
+        )
     assert share < 0.05
     assert TreeConfig.from_dict(yaml.safe_load((out / 'treepo_config.yaml').read_text())).max_depth == 8
 
@@ -134,16 +136,18 @@ def exact_tokens(port: int, weights: Path, config: TreeConfig) -> None:
     tokenizer = AutoTokenizer.from_pretrained(weights)
     for text, output in zip(prompts, outputs):
         prompt = tokenizer.encode(f'<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n')
-        ids, = output['response_token_ids']
+        (ids,) = output['response_token_ids']
         assert output['response_loss_mask'] == [[1] * len(ids)]
         assert sum(output['rollout_infos']['tree']['tokens']) == len(ids)
-        expected = logprobs_of(weights, prompt + ids)[len(prompt) - 1:]
+        expected = logprobs_of(weights, prompt + ids)[len(prompt) - 1 :]
         assert torch.allclose(torch.tensor(output['rollout_logprobs'][0]), expected, atol=1e-3)
     reports = [o['rollout_infos']['tree'] for o in outputs]
     assert len({r['id'] for r in reports[:4]}) == 1 and reports[0]['id'] != reports[4]['id']
     for a, b in itertools.combinations(range(4), 2):
-        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1],
-                                                    zip(reports[a]['nodes'], reports[b]['nodes'])))
+        shared = sum(
+            1
+            for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reports[a]['nodes'], reports[b]['nodes']))
+        )
         ids = [outputs[i]['response_token_ids'][0] for i in (a, b)]
         tokens = sum(reports[a]['tokens'][:shared])
         assert ids[0][:tokens] == ids[1][:tokens] and reports[b]['tokens'][:shared] == reports[a]['tokens'][:shared]
@@ -154,18 +158,20 @@ def test_mistakes_of_the_trainer_stop_the_run_and_say_why(serve, train, tmp_path
     """One server, three broken trainers: a sync that never arrives, no plugin, and trees that do not fit."""
     port = serve()
     plugin = tmp_path / 'lost_sync.py'
-    plugin.write_text('from swift.rlhf_trainers.vllm_client import VLLMClient\n'
-                      'VLLMClient.update_flattened_params = lambda self, metadatas, flattened_tensor: None\n')
+    plugin.write_text(
+        'from swift.rlhf_trainers.vllm_client import VLLMClient\n'
+        'VLLMClient.update_flattened_params = lambda self, metadatas, flattened_tensor: None\n'
+    )
     script = tmp_path / 'train_lost_sync.sh'
     text = (QUICKSTART / 'train.sh').read_text().replace('$here', str(QUICKSTART))
     script.write_text(text.replace(f'"{QUICKSTART}/reward.py"', f'"{QUICKSTART}/reward.py" "{plugin}"'))
     result = train(port, script=script, steps=6)
     said = result.stdout + result.stderr
     assert result.returncode != 0, said[-2000:]
-    assert 'the server does not sample from the trainer\'s weights' in said and 'TREEPO_VERIFY_WEIGHT_SYNC' in said
+    assert "the server does not sample from the trainer's weights" in said and 'TREEPO_VERIFY_WEIGHT_SYNC' in said
 
     bare = tmp_path / 'cpu_only.py'
-    bare.write_text('from treepo_swift import cpu\ncpu.apply()\n')
+    bare.write_text('from treepo_swift.compat import cpu\ncpu.apply()\n')
     script.write_text(text.replace(f'"{QUICKSTART}/../../plugin/treepo_plugin.py"', f'"{bare}"'))
     result = train(port, script=script, steps=1)
     said = result.stdout + result.stderr
@@ -178,37 +184,47 @@ def test_mistakes_of_the_trainer_stop_the_run_and_say_why(serve, train, tmp_path
     assert 'model_parameter_info' not in said  # what swift prints when it has loaded a model
 
 
-@pytest.mark.parametrize('env, message', [
-    ({
-        'TREEPO_SEGMENT_LENGTH': '0'
-    }, 'segment_length=0: must be an integer of at least 1'),
-    ({
-        'TREEPO_MAX_DEPTH': '99'
-    }, '99 x 32 = 3168 tokens is over --vllm_max_model_len = 384'),
-])
+@pytest.mark.parametrize(
+    'env, message',
+    [
+        ({'TREEPO_SEGMENT_LENGTH': '0'}, 'segment_length=0: must be an integer of at least 1'),
+        ({'TREEPO_MAX_DEPTH': '99'}, '99 x 32 = 3168 tokens is over --vllm_max_model_len = 384'),
+    ],
+)
 def test_bad_settings_of_the_server_are_refused_before_a_model_loads(env, message, environment):
-    result = subprocess.run(['bash', str(QUICKSTART / 'rollout.sh')],
-                            capture_output=True,
-                            text=True,
-                            timeout=200,
-                            env={
-                                **environment,
-                                **env
-                            })
+    result = subprocess.run(
+        ['bash', str(QUICKSTART / 'rollout.sh')],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**environment, **env},
+    )
     said = result.stdout + result.stderr
     assert result.returncode != 0 and message in said, said[-2000:]
     assert 'Setting max_model_len' not in said  # what swift prints when it sets the engine up
 
 
 def test_a_sync_engine_is_refused(environment):
-    result = subprocess.run([
-        'swift', 'rollout', '--model', environment['MODEL'], '--model_type', 'qwen2', '--template', 'chatml',
-        '--external_plugins',
-        str(ROOT / 'plugin' / 'treepo_plugin.py'), '--multi_turn_scheduler', 'treepo', '--vllm_use_async_engine',
-        'false'
-    ],
-                            capture_output=True,
-                            text=True,
-                            timeout=200,
-                            env=environment)
+    result = subprocess.run(
+        [
+            'swift',
+            'rollout',
+            '--model',
+            environment['MODEL'],
+            '--model_type',
+            'qwen2',
+            '--template',
+            'chatml',
+            '--external_plugins',
+            str(ROOT / 'plugin' / 'treepo_plugin.py'),
+            '--multi_turn_scheduler',
+            'treepo',
+            '--vllm_use_async_engine',
+            'false',
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment,
+    )
     assert result.returncode != 0 and 'please set vllm_use_async_engine to True' in result.stdout + result.stderr

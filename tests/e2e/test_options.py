@@ -3,6 +3,7 @@
 One rollout server serves them all. Options that need one process run in one, after each other, because most of a
 trainer's time here is start-up: this file, run as a script, takes the place of the `swift` command in train.sh.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -12,8 +13,9 @@ import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
 
@@ -34,8 +36,8 @@ class FlatOnce(ORM):
 orms['flat_once'] = FlatOnce
 '''
 
-SAY_ENGINE = '''
-from treepo_swift.trainer import TreeGRPOTrainer
+SAY_ENGINE = """
+from treepo_swift.trainer.trainer import TreeGRPOTrainer
 move_model = TreeGRPOTrainer._move_model_to_vllm
 
 
@@ -46,10 +48,11 @@ def say_engine(self, *args, **kwargs):
 
 
 TreeGRPOTrainer._move_model_to_vllm = say_engine
-'''
+"""
 
-SMALL = ('--per_device_train_batch_size 32 --reward_funcs digit_sum soft_overlong --soft_cache_length 120 '
-         '--save_strategy no')
+SMALL = (
+    '--per_device_train_batch_size 32 --reward_funcs digit_sum soft_overlong --soft_cache_length 120 --save_strategy no'
+)
 """4 prompts of 8. The second reward falls with length from 8 tokens on, so that hardly any two rewards are alike."""
 
 TWO = '--max_steps 2'
@@ -83,7 +86,8 @@ CASES: dict[str, tuple[str, str]] = {
 }
 EVALUATION = (
     '--val_dataset {model}/heldout.jsonl --eval_strategy steps --eval_steps 1 --per_device_eval_batch_size 16 '
-    '--num_generations_eval 4')
+    '--num_generations_eval 4'
+)
 SEGMENT_LEVEL = ('progress', 'spo', 'treerl')
 
 REFUSED: dict[str, tuple[str, str, str]] = {
@@ -98,13 +102,14 @@ REFUSED: dict[str, tuple[str, str, str]] = {
 def port(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """One rollout server for all tests of this file."""
     from tests.e2e.conftest import QUICKSTART, Service, free_port
+
     port = free_port()
     with Service(
-            'The rollout server', ['bash', str(QUICKSTART / 'rollout.sh')],
-            log=tmp_path_factory.mktemp('server') / 'rollout.log',
-            env={
-                **environment, 'PORT': str(port)
-            }) as service:
+        'The rollout server',
+        ['bash', str(QUICKSTART / 'rollout.sh')],
+        log=tmp_path_factory.mktemp('server') / 'rollout.log',
+        env={**environment, 'PORT': str(port)},
+    ) as service:
         service.wait_for_health(port, timeout=240)
         yield port
 
@@ -119,7 +124,8 @@ def outcomes(port: int, environment: dict[str, str], tmp_path_factory: pytest.Te
     script.chmod(0o755)
     write_cases(folder, environment['MODEL'], [*CASES, *(f'refused_{name}' for name in REFUSED)])
     result = train(
-        port, environment, folder, CASES=str(folder), PATH=f'{script.parent}{os.pathsep}{environment["PATH"]}')
+        port, environment, folder, CASES=str(folder), PATH=f'{script.parent}{os.pathsep}{environment["PATH"]}'
+    )
     (folder / 'log').write_text(result.stdout + result.stderr)
     assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
     return folder
@@ -133,19 +139,25 @@ def write_cases(folder: Path, model: str, names: list[str]) -> None:
     (folder / 'reward.py').write_text(REWARD)
     cases = {**CASES, **{f'refused_{name}': (flags, config) for name, (flags, config, _) in REFUSED.items()}}
     (folder / 'cases.json').write_text(
-        json.dumps([{
-            'name':
-            name,
-            'flags':
-            f'{SMALL} {cases[name][0]}'.replace('{evaluation}', EVALUATION).replace('{model}', model).split(),
-            'config':
-            read_config(cases[name][1])
-        } for name in names]))
+        json.dumps(
+            [
+                {
+                    'name': name,
+                    'flags': f'{SMALL} {cases[name][0]}'.replace('{evaluation}', EVALUATION)
+                    .replace('{model}', model)
+                    .split(),
+                    'config': read_config(cases[name][1]),
+                }
+                for name in names
+            ]
+        )
+    )
 
 
 def train(port: int, environment: dict[str, str], folder: Path, *args: str, **env: str) -> subprocess.CompletedProcess:
     """The quickstart's train.sh for one step on short responses, with the test's reward function."""
     from tests.e2e.conftest import QUICKSTART, free_port
+
     text = (QUICKSTART / 'train.sh').read_text().replace('$here', str(QUICKSTART))
     script = folder / 'train.sh'
     script.write_text(text.replace(f'"{QUICKSTART}/reward.py"', f'"{QUICKSTART}/reward.py" "{folder}/reward.py"'))
@@ -155,15 +167,17 @@ def train(port: int, environment: dict[str, str], folder: Path, *args: str, **en
         text=True,
         timeout=1200,
         env={
-            **environment, 'PORT': str(port),
+            **environment,
+            'PORT': str(port),
             'GROUP_PORT': str(free_port()),
             'MASTER_PORT': str(free_port()),
             'STEPS': '1',
             'OUTPUT': str(folder / 'train'),
             'QUICKSTART': str(QUICKSTART),
             'TREEPO_MAX_DEPTH': '4',
-            **env
-        })
+            **env,
+        },
+    )
 
 
 def read_rows(directory: Path) -> list[dict[str, Any]]:
@@ -211,8 +225,15 @@ def case(outcomes: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
     return {**outcome, 'directory': outcomes / name, 'rows': check_training(outcomes / name, steps=steps)}
 
 
-SPECIAL = ('dynamic_sample', 'async_evaluation', 'evaluation', 'eval_trees', 'rollout_importance_sampling',
-           'kl_in_reward', 'grpo')
+SPECIAL = (
+    'dynamic_sample',
+    'async_evaluation',
+    'evaluation',
+    'eval_trees',
+    'rollout_importance_sampling',
+    'kl_in_reward',
+    'grpo',
+)
 
 
 @pytest.mark.parametrize('case', [name for name in CASES if name not in SPECIAL], indirect=True)
@@ -224,10 +245,11 @@ def test_grpo(case):
     assert all(row['kl'] >= 0 for row in case['rows'])
     table = [json.loads(line) for line in (case['directory'] / 'completions.jsonl').read_text().splitlines()]
     logged = [
-        value for row in table
+        value
+        for row in table
         for value in (row['advantages'] if isinstance(row['advantages'], list) else [row['advantages']])
     ]
-    assert any(abs(value) > .1 for value in logged)
+    assert any(abs(value) > 0.1 for value in logged)
 
 
 def test_kl_in_reward(case):
@@ -237,7 +259,7 @@ def test_kl_in_reward(case):
 def test_dynamic_sample(case):
     """The first rollout was all alike, so its trees were replaced; those count in what the step took."""
     assert [row['tree/rounds'] for row in case['rows']] == [2, 1]
-    assert case['rows'][0]['tree/flat_trees'] >= .5 and case['rows'][0]['reward_std'] > 0
+    assert case['rows'][0]['tree/flat_trees'] >= 0.5 and case['rows'][0]['reward_std'] > 0
 
 
 @pytest.mark.parametrize('case', ['evaluation', 'async_evaluation'], indirect=True)
@@ -266,12 +288,14 @@ def test_refused_before_a_model_loads(outcomes, name):
 
 
 @pytest.mark.parametrize(
-    'flags, engine', [
+    'flags, engine',
+    [
         ('--use_cpu true --ddp_backend gloo', 'DistributedDataParallel, stage None'),
         ('--deepspeed zero2 --fp16 false', 'DeepSpeedEngine, stage 2'),
         ('--deepspeed zero3 --fp16 false', 'DeepSpeedEngine, stage 3'),
     ],
-    ids=['gloo', 'zero2', 'zero3'])
+    ids=['gloo', 'zero2', 'zero3'],
+)
 def test_two_processes(port, environment, tmp_path, flags, engine):
     """Half of every batch on each rank, 3 prompts a step: the middle one's trajectories sit on both."""
     if 'deepspeed' in flags and importlib.util.find_spec('deepspeed') is None:
@@ -286,7 +310,8 @@ def test_two_processes(port, environment, tmp_path, flags, engine):
         DS_ACCELERATOR='cpu',
         OMP_NUM_THREADS='1',
         STEPS='2',
-        TREEPO_ESTIMATOR='progress')
+        TREEPO_ESTIMATOR='progress',
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert f'trained by {engine}' in result.stdout
     rows = check_training(tmp_path / 'train', steps=2, trees=3)
@@ -298,16 +323,21 @@ def run_all(argv: list[str], folder: Path) -> None:
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from swift.pipelines import rlhf_main
     from swift.pipelines.train.rlhf import SwiftRLHF
+
     load_model = SwiftRLHF._prepare_model_tokenizer
     sys.path.insert(0, os.environ['QUICKSTART'])
     from services import free_port
+
     for case in json.loads((folder / 'cases.json').read_text()):
         outcome: dict[str, Any] = {'error': None, 'model_loaded': False}
         environ = {f'TREEPO_{key.upper()}': value for key, value in case['config'].items()}
         os.environ.update(environ)
         try:
             outcome['values_per_row'] = watch_advantages()
-            SwiftRLHF._prepare_model_tokenizer = lambda self: (outcome.update(model_loaded=True), load_model(self))
+            SwiftRLHF._prepare_model_tokenizer = lambda self, outcome=outcome: (
+                outcome.update(model_loaded=True),
+                load_model(self),
+            )
             # A port of its own for each: the last case's store may still listen on its port.
             flags = [*argv, *case['flags'], '--output_dir', str(folder / case['name'])]
             flags += ['--vllm_server_group_port', str(free_port())]
@@ -325,7 +355,8 @@ def run_all(argv: list[str], folder: Path) -> None:
 
 def watch_advantages() -> list[int]:
     """A list that grows by one number per trained batch: most different advantages among one trajectory's tokens."""
-    from treepo_swift.trainer import TreeGRPOTrainer
+    from treepo_swift.trainer.trainer import TreeGRPOTrainer
+
     seen: list[int] = []
     original = getattr(TreeGRPOTrainer, '_original_compute_loss', TreeGRPOTrainer._compute_loss)
 

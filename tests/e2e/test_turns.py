@@ -1,4 +1,5 @@
 """Turns on real vLLM and the real CLIs: the game of examples/gym, trained on trees by its own scripts."""
+
 from __future__ import annotations
 
 import json
@@ -20,7 +21,8 @@ def test_a_gym_environment_trains_on_trees_of_turns(serve, train, tmp_path):
         'true',
         script=GYM / 'train.sh',
         steps=2,
-        DATASET=str(tmp_path / 'data' / 'train.jsonl'))
+        DATASET=str(tmp_path / 'data' / 'train.jsonl'),
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / 'train' / 'logging.jsonl').read_text().splitlines()]
     rows = [row for row in rows if 'tree/decoded_tokens' in row]

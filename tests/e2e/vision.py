@@ -1,4 +1,5 @@
 """A tiny vision-language model of random weights and pictures to show it, made on the spot: nothing is downloaded."""
+
 from __future__ import annotations
 
 import json
@@ -7,14 +8,20 @@ from pathlib import Path
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (GenerationConfig, Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor,
-                          LlamaConfig, PreTrainedTokenizerFast)
+from transformers import (
+    GenerationConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 BOS, EOS, PAD, IMAGE = '<|begin_of_text|>', '<end_of_utterance>', '<pad>', '<image>'
 AROUND, GLOBAL = '<fake_token_around_image>', '<global-img>'
 SIDE, PATCH, SCALE = 56, 14, 2
-IMAGE_TOKENS = (SIDE // PATCH)**2 // SCALE**2
+IMAGE_TOKENS = (SIDE // PATCH) ** 2 // SCALE**2
 
 QUESTION = f'{IMAGE}What is it?'
 COLORS = ('red', 'lime', 'blue', 'yellow', 'black')
@@ -30,7 +37,8 @@ def make_model(folder: Path, seed: int = 0) -> None:
     special = {name: getattr(tokenizer, name) for name in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
     # Without splitting an image is one square tile, so that nothing is padded and no attention mask is needed.
     image_processor = Idefics3ImageProcessorPil(
-        size={'longest_edge': SIDE}, max_image_size={'longest_edge': SIDE}, do_image_splitting=False)
+        size={'longest_edge': SIDE}, max_image_size={'longest_edge': SIDE}, do_image_splitting=False
+    )
     processor = Idefics3Processor(image_processor=image_processor, tokenizer=tokenizer, image_seq_len=IMAGE_TOKENS)
     tower = {
         'hidden_size': 64,
@@ -49,7 +57,8 @@ def make_model(folder: Path, seed: int = 0) -> None:
         num_key_value_heads=4,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
-        **special)
+        **special,
+    )
     model = Idefics3ForConditionalGeneration(
         Idefics3Config(
             vision_config=tower,
@@ -57,7 +66,9 @@ def make_model(folder: Path, seed: int = 0) -> None:
             scale_factor=SCALE,
             image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
             tie_word_embeddings=False,
-            **special)).float()
+            **special,
+        )
+    ).float()
     for parameter in model.parameters():
         if parameter.ndim >= 2:
             # Wide enough for an image to change what is said by more than rounding does.
@@ -76,10 +87,12 @@ def _make_tokenizer() -> PreTrainedTokenizerFast:
         vocab_size=320,
         show_progress=False,
         special_tokens=[PAD, BOS, EOS, IMAGE, AROUND, GLOBAL],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator([f'User:What is it?\nAssistant: It is {color}.' for color in COLORS], trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side='left')
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side='left'
+    )
 
 
 @torch.no_grad()
@@ -112,12 +125,7 @@ def make_dataset(path: Path, pictures: list[Path]) -> None:
     That one is in every row's column `second`, to be shown after the first answer.
     """
     *firsts, second = map(str, pictures)
-    rows = [{
-        'messages': [{
-            'role': 'user',
-            'content': QUESTION
-        }],
-        'images': [first],
-        'second': second
-    } for first in firsts]
+    rows = [
+        {'messages': [{'role': 'user', 'content': QUESTION}], 'images': [first], 'second': second} for first in firsts
+    ]
     path.write_text(''.join(json.dumps(row) + '\n' for row in rows))

@@ -1,4 +1,5 @@
 """External plugin of test_images.py, for `swift rollout` and `swift rlhf`: a scheduler, a reward, a mended template."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -10,13 +11,14 @@ from swift.template import Template
 from swift.template.templates.idefics3 import Idefics3Template
 from swift.template.utils import findall
 
-from treepo_swift.scheduler import TreeRolloutScheduler
+from treepo_swift.server.scheduler import TreeRolloutScheduler
 
 SECOND_QUESTION = '<image>And this?'
 
 
 class LookTwice(TreeRolloutScheduler):
     """Two turns: the second begins with another picture, which is in the dataset's column `second`."""
+
     def check_finished(self, infer_request, response_choice, current_turn):
         return current_turn == 2
 
@@ -29,6 +31,7 @@ class LookTwice(TreeRolloutScheduler):
 
 class Letters(ORM):
     """The share of letters in the last answer: a reward that a model of random weights varies."""
+
     def __call__(self, completions: list[str], **kwargs: Any) -> list[float]:
         return [sum(c.isascii() and c.isalpha() for c in text) / max(len(text), 1) for text in completions]
 
@@ -49,7 +52,8 @@ def encode(template: Idefics3Template, inputs: Any) -> dict[str, Any]:
         ]
         tokens = [look['input_ids'][0].tolist() for _, look in zip(places, looks, strict=True)]
         encoded['input_ids'], encoded['labels'], encoded['loss_scale'] = template._extend_tokens(
-            encoded['input_ids'], encoded['labels'], encoded['loss_scale'], places, tokens.__getitem__)
+            encoded['input_ids'], encoded['labels'], encoded['loss_scale'], places, tokens.__getitem__
+        )
         encoded['pixel_values'] = torch.cat([look['pixel_values'] for look in looks], dim=1)
     return encoded
 

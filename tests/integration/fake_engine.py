@@ -1,14 +1,16 @@
 """A `SegmentEngine` without a model: bytes are tokens, a hash speaks, faults come when asked for."""
+
 from __future__ import annotations
 
 import asyncio
-from typing import Any, AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any
 
 from swift.template.utils import get_token_backed_response_ids
 
 from tests.builders import EOS, decode, sample
-from treepo_swift.engine import EngineInfo, Place, Prompt
-from treepo_swift.search import Segment
+from treepo_swift.core.search import Segment
+from treepo_swift.server.engine import EngineInfo, Place, Prompt
 
 SEPARATOR = ord('|')
 
@@ -27,12 +29,15 @@ class FakeTokenizer:
 
 class FakeEngine:
     """Deterministic in the context (and the request's seed, where one is given)."""
-    def __init__(self,
-                 *,
-                 max_model_len: int = 4096,
-                 block_size: int = 16,
-                 speak: Callable[[list[int], int, int], Segment] | None = None,
-                 fails: Callable[[int], bool] = lambda call: False) -> None:
+
+    def __init__(
+        self,
+        *,
+        max_model_len: int = 4096,
+        block_size: int = 16,
+        speak: Callable[[list[int], int, int], Segment] | None = None,
+        fails: Callable[[int], bool] = lambda call: False,
+    ) -> None:
         self.info = EngineInfo('fake', max_model_len, block_size, max_logprobs=20)
         self.stop_strings: list[str] = []
         self.speak = speak or sample
@@ -60,8 +65,16 @@ class FakeEngine:
     async def begin_batch(self, request_config: Any, *, top_logprobs: int = 0) -> None:
         self.stop_strings = list(request_config.stop or [])
 
-    async def generate(self, prompt: Prompt, response_ids: Sequence[int], *, max_tokens: int, segment_tokens: int,
-                       seed: int | None, place: Place) -> AsyncGenerator[Segment, None]:
+    async def generate(
+        self,
+        prompt: Prompt,
+        response_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        segment_tokens: int,
+        seed: int | None,
+        place: Place,
+    ) -> AsyncGenerator[Segment, None]:
         self.places.append(place)
         self.prompts.append(prompt)
         self.requests += 1

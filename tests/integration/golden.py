@@ -1,11 +1,13 @@
 """Writes and reads `golden.json`: 50 seeded trees, as they were before the package got its rooms."""
+
 from __future__ import annotations
 
 import hashlib
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 FILE = Path(__file__).with_name('golden.json')
 BATCHES = 25
@@ -31,8 +33,9 @@ def flat_config(seed: int) -> dict[str, Any]:
         'pacing': dice.choice(['eager', 'even', {2: 3, 4: 8}]),
         'budget': budget,
         'budget_tokens': 0 if budget == 'by_width' else length * dice.randint(4, 30),
-        'fallback': dice.choice(['random_segment', 'random_token', 'random_block', 'min_logprob_token',
-                                 'logprob_block', 'root', 'none']),
+        'fallback': dice.choice(
+            ['random_segment', 'random_token', 'random_block', 'min_logprob_token', 'logprob_block', 'root', 'none']
+        ),
         'fallback_candidates': dice.choice(['answer_or_eos', 'finished', 'best_reason_first', 'any']),
         'fallback_window': dice.choice([0, 1, 2]),
         'fallback_block': dice.choice([5, 16]),

@@ -2,6 +2,7 @@
 
 What compare.py does around its trainings: the token budget that ends them, and the table of what came out.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -14,10 +15,11 @@ import pytest
 
 pytest.importorskip('swift')
 
-from tests.integration.fake_engine import FakeEngine  # noqa: E402
-from tests.integration.test_scheduler import requests, rollout, scheduler, tree_of  # noqa: E402
-from treepo_swift.config import TreeConfig  # noqa: E402
-from treepo_swift.credit import tree_advantages  # noqa: E402
+from tests.integration.fake_engine import FakeEngine
+from tests.integration.test_scheduler import requests, rollout, scheduler, tree_of
+from treepo_swift.advantage.batch import tree_advantages
+from treepo_swift.config import TreeConfig
+from treepo_swift.wire.report import TreeReport
 
 FOLDER = Path(__file__).parents[2] / 'examples' / 'ablations'
 FILES = sorted(FOLDER.glob('*.yaml'))
@@ -38,16 +40,18 @@ def test_an_ablation_grows_and_trains_scaled_down(path):
         config,
         segment_length=config.segment_length // SCALE,
         fallback_block=max(config.fallback_block // SCALE, 1),
-        repetition_length=8)
+        repetition_length=8,
+    )
     outputs = rollout(
         requests(*['prompt'] * 16, *['another'] * 16, config=small),
         scheduler(FakeEngine(block_size=4)),
-        max_tokens=small.max_response_tokens)
-    reports = [tree_of(output) for output in outputs]
-    assert len({report['id'] for report in reports}) == 2
-    assert all(0 < report['depth'] <= config.max_depth for report in reports)
+        max_tokens=small.max_response_tokens,
+    )
+    reports = [TreeReport.from_dict(tree_of(output)) for output in outputs]
+    assert len({report.id for report in reports}) == 2
+    assert all(0 < report.depth <= config.max_depth for report in reports)
     lengths = [len(output.response_token_ids[0]) for output in outputs]
-    assert lengths == [sum(report['tokens']) for report in reports]
+    assert lengths == [sum(report.tokens) for report in reports]
     rewards = [float(sum(output.response_token_ids[0]) % 2) for output in outputs]
     advantages = tree_advantages(reports, rewards, lengths, config)
     assert any(segment.mean > 0 for segment in advantages) and any(segment.mean < 0 for segment in advantages)
@@ -64,20 +68,17 @@ def test_the_token_budget_saves_at_marks_and_stops_at_the_last(tmp_path, monkeyp
     monkeypatch.setenv('TOKEN_MARKS', '1000,2000')
     monkeypatch.setenv('TOKEN_POINTS', str(tmp_path / 'points.jsonl'))
     from token_budget import TokenBudget
+
     args = SimpleNamespace(generation_batch_size=64)
     callback = TokenBudget(args, None)
     asked = []
     # 640 tokens without a tree, 600 with one, the summary of the end, 800 that reach the last mark.
-    logs = [{
-        'completions/mean_length': 10.0
-    }, {
-        'completions/mean_length': 20.0,
-        'tree/decoded_tokens': 600.0
-    }, {
-        'train_runtime': 1.0
-    }, {
-        'completions/mean_length': 12.5
-    }]
+    logs = [
+        {'completions/mean_length': 10.0},
+        {'completions/mean_length': 20.0, 'tree/decoded_tokens': 600.0},
+        {'train_runtime': 1.0},
+        {'completions/mean_length': 12.5},
+    ]
     for step, row in enumerate(logs, start=1):
         control = SimpleNamespace(should_save=False, should_training_stop=False)
         callback.on_log(args, SimpleNamespace(global_step=step), control, row)
@@ -89,15 +90,12 @@ def test_the_token_budget_saves_at_marks_and_stops_at_the_last(tmp_path, monkeyp
 
 def test_the_table_has_a_row_per_method_and_a_column_per_mark():
     from compare import table
-    points = [{
-        'method': 'grpo',
-        'seed': seed,
-        'mark': mark,
-        'tokens': mark + 7,
-        'step': mark // 100,
-        'accuracy': accuracy
-    } for seed, mark, accuracy in ((1, 500, .5), (2, 500, .6), (1, 1000, .7), (2, 1000, .7))]
-    text = table({'base_accuracy': .48, 'heldout_problems': 256, 'points': points})
+
+    points = [
+        {'method': 'grpo', 'seed': seed, 'mark': mark, 'tokens': mark + 7, 'step': mark // 100, 'accuracy': accuracy}
+        for seed, mark, accuracy in ((1, 500, 0.5), (2, 500, 0.6), (1, 1000, 0.7), (2, 1000, 0.7))
+    ]
+    text = table({'base_accuracy': 0.48, 'heldout_problems': 256, 'points': points})
     assert '| method | steps | 500 tokens | 1,000 tokens |' in text
     assert '| GRPO, independent sampling | 10 | 55.0 ± 7.1 (50.0 to 60.0) | 70.0 ± 0.0 (70.0 to 70.0) |' in text
     assert 'over seeds 1, 2' in text and 'Before training: 48.0%' in text
@@ -105,12 +103,11 @@ def test_the_table_has_a_row_per_method_and_a_column_per_mark():
 
 def test_methods_are_tree_configs_and_only_grpo_has_no_tree():
     from compare import METHODS
+
     configs = {
-        name: TreeConfig.load({
-            f'TREEPO_{key}': value
-            for key, value in method.tree.items()
-        })
-        for name, method in METHODS.items() if method.tree is not None
+        name: TreeConfig.load({f'TREEPO_{key}': value for key, value in method.tree.items()})
+        for name, method in METHODS.items()
+        if method.tree is not None
     }
     assert set(METHODS) - set(configs) == {'grpo'}
     assert (configs['grpo_tree'].estimator, configs['grpo_tree'].normalisation) == ('grpo', 'none')

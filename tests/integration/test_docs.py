@@ -1,4 +1,5 @@
 """Every Python example of the docs runs, and prints what the page says that it prints."""
+
 from __future__ import annotations
 
 import re

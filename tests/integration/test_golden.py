@@ -1,4 +1,5 @@
 """50 seeded trees are what they were: `golden.json` was written before the package got its rooms."""
+
 from __future__ import annotations
 
 import asyncio
@@ -9,13 +10,13 @@ import pytest
 
 pytest.importorskip('swift')
 
-from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest  # noqa: E402
+from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest
 
-from tests.integration import golden  # noqa: E402
-from tests.integration.fake_engine import FakeEngine, FakeTokenizer  # noqa: E402
-from treepo_swift.config import TreeConfig  # noqa: E402
-from treepo_swift.scheduler import TreeRolloutScheduler  # noqa: E402
-from treepo_swift.transport import RequestNote  # noqa: E402
+from tests.integration import golden
+from tests.integration.fake_engine import FakeEngine, FakeTokenizer
+from treepo_swift.config import TreeConfig
+from treepo_swift.server.scheduler import TreeRolloutScheduler
+from treepo_swift.wire.note import RequestNote
 
 
 class AskAgain(TreeRolloutScheduler):
@@ -41,7 +42,10 @@ def batch(seed: int, flat: dict[str, Any]) -> list[Any]:
         RolloutInferRequest(
             messages=[{'role': 'user', 'content': f'prompt {prompt} of {seed}'}],
             uuid=f'{prompt}-{copy}',
-            data_dict={'treepo': note}) for prompt in range(2) for copy in range(width)
+            data_dict={'treepo': note},
+        )
+        for prompt in range(2)
+        for copy in range(width)
     ]
     request_config = RequestConfig(max_tokens=70, return_details=True, logprobs=True, seed=1)
     return asyncio.run(scheduler.rollout(requests, request_config, use_tqdm=False))

@@ -1,4 +1,5 @@
 """Packed outputs come out of swift's own server and client code as plain ones do."""
+
 from __future__ import annotations
 
 import asyncio
@@ -13,14 +14,15 @@ from hypothesis import strategies as st
 
 pytest.importorskip('swift')
 
-import requests as http  # noqa: E402
-from fastapi.encoders import jsonable_encoder  # noqa: E402
-from swift.infer_engine import protocol  # noqa: E402
-from swift.infer_engine.protocol import ChatMessage, RequestConfig, RolloutOutput, UsageInfo  # noqa: E402
+import requests as http
+from fastapi.encoders import jsonable_encoder
+from swift.infer_engine import protocol
+from swift.infer_engine.protocol import ChatMessage, RequestConfig, RolloutOutput, UsageInfo
 
-from tests.integration.test_scheduler import requests, scheduler  # noqa: E402
-from treepo_swift.packing import PackedOutputs, accept_packed  # noqa: E402
-from treepo_swift.transport import RequestNote  # noqa: E402
+from tests.integration.test_scheduler import requests, scheduler
+from treepo_swift.wire.note import RequestNote
+from treepo_swift.wire.packing import PackedOutputs, accept_packed
+from treepo_swift.wire.report import BatchReport
 
 
 def received(packed: PackedOutputs) -> list[dict]:
@@ -31,10 +33,10 @@ def received(packed: PackedOutputs) -> list[dict]:
 
 def answer(body: str):
     session = http.Session()
-    accept_packed([session], 'tree')
+    accept_packed([session])
     response = http.Response()
     response.status_code, response._content = 200, body.encode()
-    hook, = session.hooks['response']
+    (hook,) = session.hooks['response']
     hook(response)
     return response.json()
 
@@ -58,12 +60,8 @@ def outputs(draw) -> RolloutOutput:
         response_token_ids=turns,
         response_loss_mask=[[draw(st.integers(0, 1)) for _ in turn] for turn in turns],
         rollout_logprobs=[[draw(logprobs) for _ in turn] for turn in turns],
-        rollout_infos={
-            'num_turns': 1,
-            'tree': {
-                'nodes': [1]
-            }
-        })
+        rollout_infos={'num_turns': 1, 'tree': {'nodes': [1]}},
+    )
 
 
 @given(st.lists(st.lists(outputs(), min_size=1, max_size=4), min_size=1, max_size=3), st.randoms())
@@ -73,12 +71,12 @@ def test_nothing_is_lost_on_the_wire(trees, dice):
     dice.shuffle(positions)
     packed, sent = PackedOutputs(), {}
     for tree in trees:
-        places, positions = positions[:len(tree)], positions[len(tree):]
+        places, positions = positions[: len(tree)], positions[len(tree) :]
         packed.add(places, tree)
         sent.update(zip(places, tree))
-    packed.batch = {'seconds': 1.5}
+    packed.batch = BatchReport(seconds=1.5, scheduler_cpu_seconds=0.5)
     got = [RolloutOutput.model_validate(item) for item in received(packed)]
-    assert got[0].rollout_infos['tree'].pop('batch') == {'seconds': 1.5}
+    assert got[0].rollout_infos['tree'].pop('batch') == packed.batch.to_dict()
     for position, output in enumerate(got):
         # pydantic reads an empty list of turns and a flat one alike.
         assert output.model_dump() == RolloutOutput(**sent[position].model_dump()).model_dump()
@@ -120,9 +118,11 @@ def test_log_probs_keep_every_bit_of_the_engines_float32():
     values = np.array([-1e-7, -0.1, -1 / 3, -49.99999], np.float32).tolist()
     output = RolloutOutput(
         response=protocol.ChatCompletionResponse(
-            'm', [protocol.ChatCompletionResponseChoice(0, ChatMessage('assistant', ''), 'stop')], UsageInfo(0, 0, 0)),
+            'm', [protocol.ChatCompletionResponseChoice(0, ChatMessage('assistant', ''), 'stop')], UsageInfo(0, 0, 0)
+        ),
         messages=[],
-        rollout_logprobs=[values])
+        rollout_logprobs=[values],
+    )
     packed = PackedOutputs()
     packed.add([0], [output])
     assert received(packed)[0]['rollout_logprobs'] == [values]

@@ -1,4 +1,5 @@
 """The scheduler with swift's real request and output objects, over an engine that needs no model."""
+
 from __future__ import annotations
 
 import asyncio
@@ -16,17 +17,17 @@ from hypothesis import strategies as st
 
 pytest.importorskip('swift')
 
-from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest, RolloutOutput  # noqa: E402
+from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest, RolloutOutput
 
-from tests.builders import EOS, decode, logprobs, sample, segment_of  # noqa: E402
-from tests.integration.fake_engine import FakeEngine, FakeTokenizer  # noqa: E402
-from treepo_swift.config import ConfigError, TreeConfig  # noqa: E402
-from treepo_swift.engine import EngineError  # noqa: E402
-from treepo_swift.policies.answers import register_answer  # noqa: E402
-from treepo_swift.scheduler import RolloutError, RolloutFailure, TreeRolloutScheduler  # noqa: E402
-from treepo_swift.search import Segment  # noqa: E402
-from treepo_swift.transport import PROTOCOL, RequestNote  # noqa: E402
-from treepo_swift.tree import StopReason  # noqa: E402
+from tests.builders import EOS, decode, logprobs, sample, segment_of
+from tests.integration.fake_engine import FakeEngine, FakeTokenizer
+from treepo_swift.config import ConfigError, TreeConfig
+from treepo_swift.core.policies.answers import register_answer
+from treepo_swift.core.search import Segment
+from treepo_swift.core.tree import StopReason
+from treepo_swift.server.engine import EngineError
+from treepo_swift.server.scheduler import RolloutError, RolloutFailure, TreeRolloutScheduler
+from treepo_swift.wire.note import PROTOCOL, RequestNote
 
 CONFIG = TreeConfig(segment_length=16, max_depth=4)
 
@@ -35,23 +36,21 @@ def scheduler(engine: FakeEngine | None = None, cls: type = TreeRolloutScheduler
     return cls(segment_engine=engine or FakeEngine(), tokenizer=FakeTokenizer())
 
 
-def requests(*prompts: str,
-             config: TreeConfig = CONFIG,
-             num_generations: int | None = None,
-             mode: str = 'tree') -> list[RolloutInferRequest]:
+def requests(
+    *prompts: str, config: TreeConfig = CONFIG, num_generations: int | None = None, mode: str = 'tree'
+) -> list[RolloutInferRequest]:
     note = RequestNote(mode=mode, config=config.to_dict(), num_generations=num_generations).to_dict()
     return [
         RolloutInferRequest(
-            messages=[{
-                'role': 'user',
-                'content': prompt
-            }], uuid=f'request-{index}', data_dict={'treepo': note}) for index, prompt in enumerate(prompts)
+            messages=[{'role': 'user', 'content': prompt}], uuid=f'request-{index}', data_dict={'treepo': note}
+        )
+        for index, prompt in enumerate(prompts)
     ]
 
 
-def rollout(batch: list[RolloutInferRequest],
-            target: TreeRolloutScheduler | None = None,
-            **config) -> list[RolloutOutput]:
+def rollout(
+    batch: list[RolloutInferRequest], target: TreeRolloutScheduler | None = None, **config
+) -> list[RolloutOutput]:
     request_config = RequestConfig(**{'max_tokens': 64, 'return_details': True, 'logprobs': True, **config})
     return asyncio.run((target or scheduler()).rollout(batch, request_config, use_tqdm=False))
 
@@ -72,7 +71,7 @@ def test_every_request_gets_its_own_output_in_order():
 def test_tokens_mask_and_logprobs_are_those_sampled():
     engine = FakeEngine()
     for output in rollout(requests(*['prompt'] * 8), scheduler(engine)):
-        ids, = output.response_token_ids
+        (ids,) = output.response_token_ids
         assert output.response_loss_mask == [[1] * len(ids)]
         assert output.rollout_logprobs == [logprobs(ids)]
         assert output.messages[-1] == {'role': 'assistant', 'content': decode(ids)}
@@ -109,7 +108,7 @@ def test_a_group_of_one_and_evaluation_are_plain_sampling():
     outputs = rollout(requests('a', 'b', 'b', mode='independent'), scheduler(engine))
     assert len(engine.inputs) == 3 and all('tree' not in o.rollout_infos for o in outputs)
     assert [len(o.response_token_ids[0]) for o in outputs] == [64] * 3
-    single, = rollout(requests('a'), scheduler(engine))
+    (single,) = rollout(requests('a'), scheduler(engine))
     assert len(single.response_token_ids[0]) == 64 and tree_of(single)['depth'] == 1
 
 
@@ -151,10 +150,10 @@ def test_stop_strings_that_span_segments_cut_the_path_where_plain_sampling_would
 
     def spell(context, max_tokens, seed):
         begin = len(context) - len(b'prompt')
-        ids = list(text[begin:begin + max_tokens])
+        ids = list(text[begin : begin + max_tokens])
         inside = decode(ids).find('STOP')
         if inside >= 0:  # what vLLM would see within one request
-            return Segment(ids[:inside + 4], [-1.0] * (inside + 4), StopReason.STOP_STRING)
+            return Segment(ids[: inside + 4], [-1.0] * (inside + 4), StopReason.STOP_STRING)
         return Segment(ids, [-1.0] * len(ids))
 
     config = TreeConfig(segment_length=length, max_depth=30)
@@ -168,12 +167,13 @@ def test_an_answer_that_spans_two_segments_stops_the_path():
 
     def spell(context, max_tokens, seed):
         begin = len(context) - len(b'prompt')
-        ids = list(text[begin:begin + max_tokens])
+        ids = list(text[begin : begin + max_tokens])
         return Segment(ids, [-1.0] * len(ids))
 
     outputs = rollout(
         requests('prompt', 'prompt', config=TreeConfig(segment_length=16, max_depth=3)),
-        scheduler(FakeEngine(speak=spell)))
+        scheduler(FakeEngine(speak=spell)),
+    )
     assert [tree_of(o)['stop'] for o in outputs] == ['answer'] * 2
     assert all(len(o.response_token_ids[0]) == 32 and o.response.choices[0].finish_reason == 'stop' for o in outputs)
 
@@ -188,12 +188,13 @@ def test_multibyte_characters_across_segments_come_out_whole():
 
     def spell(context, max_tokens, seed):
         begin = len(context) - len(b'prompt')
-        ids = list(text[begin:begin + max_tokens])
+        ids = list(text[begin : begin + max_tokens])
         return Segment(ids, [-1.0] * len(ids), None if ids and begin + max_tokens < len(text) else StopReason.EOS)
 
     rollout(
         requests('prompt', 'prompt', config=TreeConfig(segment_length=5, max_depth=40)),
-        scheduler(FakeEngine(speak=spell), Watch))
+        scheduler(FakeEngine(speak=spell), Watch),
+    )
     assert max(seen, key=len) == text.decode()
     assert all('\ufffd' not in t and text.decode().startswith(t) for t in seen)
 
@@ -250,13 +251,16 @@ class Hangs(TreeRolloutScheduler):
         time.sleep(1)
 
 
-@pytest.mark.parametrize('cls, cause', [
-    (Raises, "Raises.check_segment on segment 1 of path .* of tree .* raised KeyError: 'board'"),
-    (Exits, 'Exits.check_segment .*SystemExit'),
-    (CancelsItself, 'CancelsItself.check_segment .* raised CancelledError'),
-    (ReturnsRubbish, "ReturnsRubbish.check_segment .* returned 'stop', allowed are a StopReason or None"),
-    (Hangs, 'Hangs.check_segment .* took more than hook_timeout=0.05 s'),
-])
+@pytest.mark.parametrize(
+    'cls, cause',
+    [
+        (Raises, "Raises.check_segment on segment 1 of path .* of tree .* raised KeyError: 'board'"),
+        (Exits, 'Exits.check_segment .*SystemExit'),
+        (CancelsItself, 'CancelsItself.check_segment .* raised CancelledError'),
+        (ReturnsRubbish, "ReturnsRubbish.check_segment .* returned 'stop', allowed are a StopReason or None"),
+        (Hangs, 'Hangs.check_segment .* took more than hook_timeout=0.05 s'),
+    ],
+)
 def test_bad_hooks_are_named(cls, cause):
     config = TreeConfig(segment_length=16, max_depth=4, hook_timeout=0.05)
     with pytest.raises(RolloutError, match=cause):
@@ -285,8 +289,15 @@ def test_check_finished_sees_the_whole_turn_with_swifts_signature():
 
     class Watch(TreeRolloutScheduler):
         def check_finished(self, infer_request, response_choice, current_turn):
-            seen.append((infer_request.messages[-1]['content'], response_choice.message.content,
-                         response_choice.finish_reason, current_turn, len(response_choice.token_ids)))
+            seen.append(
+                (
+                    infer_request.messages[-1]['content'],
+                    response_choice.message.content,
+                    response_choice.finish_reason,
+                    current_turn,
+                    len(response_choice.token_ids),
+                )
+            )
             return True
 
     outputs = rollout(requests(*['a'] * 4), scheduler(cls=Watch))
@@ -321,6 +332,7 @@ def test_when_a_rollout_ends_nothing_of_it_is_alive():
 
 class SlowToAbort(FakeEngine):
     """As vLLM: a request that is left early is aborted by a message, which takes a turn of the event loop or two."""
+
     open = 0
 
     async def generate(self, *args, **kwargs):
@@ -337,8 +349,11 @@ class SlowToAbort(FakeEngine):
 @pytest.mark.parametrize('seed', range(5))
 def test_requests_of_paths_that_stop_are_aborted_to_the_end(seed):
     engine = SlowToAbort()
-    rollout(requests(*'aaaabbbb', config=dataclasses.replace(CONFIG, segment_length=8, max_depth=8)), scheduler(engine),
-            seed=seed)
+    rollout(
+        requests(*'aaaabbbb', config=dataclasses.replace(CONFIG, segment_length=8, max_depth=8)),
+        scheduler(engine),
+        seed=seed,
+    )
     assert engine.open == 0 and engine.running == 0
 
 
@@ -364,6 +379,7 @@ def test_a_trainer_without_the_plugin_is_told_so():
     failure = pickle.loads(pickle.dumps(failure))  # it crosses swift's pipe
     assert isinstance(failure, RolloutFailure)
     from fastapi import HTTPException
+
     with pytest.raises(HTTPException) as caught:
         list(failure)
     assert caught.value.status_code == 500 and '--external_plugins' in caught.value.detail
@@ -390,7 +406,7 @@ def test_the_trainers_config_wins_and_is_checked_against_the_engine():
 
 def test_segments_that_do_not_fit_the_kv_block_are_warned_of(monkeypatch):
     messages = []
-    monkeypatch.setattr('treepo_swift.scheduler.logger.warning', messages.append)
+    monkeypatch.setattr('treepo_swift.server.scheduler.logger.warning', messages.append)
     rollout(requests('a', 'a', config=TreeConfig(segment_length=24, max_depth=2)))
     rollout(requests('a', 'a'))
     assert len(messages) == 1 and 'segment_length=24 is not a multiple' in messages[0]
@@ -398,22 +414,19 @@ def test_segments_that_do_not_fit_the_kv_block_are_warned_of(monkeypatch):
 
 def test_a_group_split_between_servers_is_warned_of_once(monkeypatch):
     messages = []
-    monkeypatch.setattr('treepo_swift.scheduler.logger.warning', messages.append)
+    monkeypatch.setattr('treepo_swift.server.scheduler.logger.warning', messages.append)
     outputs = rollout(requests('a', 'a', 'b', num_generations=4))
     assert len(outputs) == 3 and len(messages) == 1 and 'split between servers' in messages[0]
 
 
-@pytest.mark.parametrize('option, message', [
-    ({
-        'n': 2
-    }, 'n=2'),
-    ({
-        'presence_penalty': .5
-    }, 'presence_penalty=0.5'),
-    ({
-        'structured_outputs_regex': 'a+'
-    }, 'structured_outputs_regex'),
-])
+@pytest.mark.parametrize(
+    'option, message',
+    [
+        ({'n': 2}, 'n=2'),
+        ({'presence_penalty': 0.5}, 'presence_penalty=0.5'),
+        ({'structured_outputs_regex': 'a+'}, 'structured_outputs_regex'),
+    ],
+)
 def test_sampling_options_that_segments_can_not_keep_are_refused(option, message):
     with pytest.raises(ValueError, match=message):
         rollout(requests('a', 'a'), **option)
@@ -421,13 +434,13 @@ def test_sampling_options_that_segments_can_not_keep_are_refused(option, message
 
 def test_probes_are_answered_with_engine_and_scores():
     note = RequestNote(mode='probe', token_ids=[5, 6, 7]).to_dict()
-    output, = rollout([RolloutInferRequest(messages=[{'role': 'user', 'content': 'x'}], data_dict={'treepo': note})])
+    (output,) = rollout([RolloutInferRequest(messages=[{'role': 'user', 'content': 'x'}], data_dict={'treepo': note})])
     assert output.rollout_infos['treepo']['logprobs'] == [-6.0, -7.0]
     assert output.rollout_infos['treepo']['engine']['max_model_len'] == 4096
 
 
 def test_swifts_own_placeholder_request_is_served_quietly():
-    output, = rollout([RolloutInferRequest(messages=[{'role': 'user', 'content': '<placeholder>'}])])
+    (output,) = rollout([RolloutInferRequest(messages=[{'role': 'user', 'content': '<placeholder>'}])])
     assert 'tree' not in output.rollout_infos
 
 
@@ -435,30 +448,33 @@ def test_reports_are_small_and_json():
     config = TreeConfig(segment_length=16, max_depth=14, stop_at_repetition=False)
     quiet = FakeEngine(speak=lambda context, max_tokens, seed: Segment([97] * max_tokens, [-1.0] * max_tokens))
     outputs = asyncio.run(
-        scheduler(quiet).rollout(requests(*['a'] * 16, config=config), RequestConfig(max_tokens=224), use_tqdm=False))
+        scheduler(quiet).rollout(requests(*['a'] * 16, config=config), RequestConfig(max_tokens=224), use_tqdm=False)
+    )
     sizes = [len(json.dumps(tree_of(o))) for o in outputs]
     assert max(sizes) < 800 and all(tree_of(o)['depth'] == 14 for o in outputs)
 
 
 def test_typos_raise_instead_of_reading_none():
     with pytest.raises(AttributeError, match='no attribute .*max_tree_width'):
-        scheduler().max_tree_width
+        _ = scheduler().max_tree_width
 
 
 def test_engine_errors_count_as_node_failures_in_the_stats():
     outputs = rollout(
         requests(*['a'] * 4, config=TreeConfig(segment_length=16, max_depth=4, max_retries=0)),
-        scheduler(FakeEngine(fails=lambda call: call == 1)))
+        scheduler(FakeEngine(fails=lambda call: call == 1)),
+    )
     assert sum(tree_of(o).get('stats', {}).get('failures', 0) for o in outputs) == 1
     assert issubclass(EngineError, RuntimeError)
 
 
 def words(*segments: str):
     """An engine that says these texts, segment by segment, and EOS when a segment is shorter than was asked for."""
+
     def speak(context: list[int], max_tokens: int, seed: int) -> Segment:
         said = len(context) - len(b'prompt')
         text = ''.join(segments)
-        ids = list(text.encode())[said:said + max_tokens]
+        ids = list(text.encode())[said : said + max_tokens]
         stop = None if len(ids) == max_tokens else StopReason.EOS
         return segment_of([*ids, EOS] if stop else ids, stop)
 
@@ -490,8 +506,10 @@ def test_an_answer_may_need_eos():
 def test_tags_are_answers_too():
     text = 'thinking <answer>12</answer> and more and more and more'
     assert stops(words(text), answer='tags')[0] == ('answer', text[:32])
-    assert stops(
-        words(text.replace('answer', 'final')), answer='tags', answer_tags=['<final>', '</final>'])[0][0] == 'answer'
+    assert (
+        stops(words(text.replace('answer', 'final')), answer='tags', answer_tags=['<final>', '</final>'])[0][0]
+        == 'answer'
+    )
     assert stops(words(text))[0][0] == 'eos'
 
 
@@ -514,13 +532,16 @@ def test_an_answer_detector_that_raises_fails_only_its_paths():
     assert "answer: test_odd: raised KeyError: 'odd'" in tree_of(outputs[0])['error']
 
 
-@pytest.mark.parametrize('config, message', [
-    (TreeConfig(branching='odd'), "Unknown branching policy 'odd': allowed are entropy"),
-    (TreeConfig(fallback='odd'), "Unknown fallback 'odd': allowed are"),
-    (TreeConfig(answer='odd'), "Unknown answer detector 'odd': allowed are"),
-    (TreeConfig(branching='entropy', entropy_top_k=21), 'this server returns at most 20 log-probs'),
-    (TreeConfig(budget='by_segment_tokens', budget_tokens=1000), '2 prompts of a batch need at least a segment'),
-])
+@pytest.mark.parametrize(
+    'config, message',
+    [
+        (TreeConfig(branching='odd'), "Unknown branching policy 'odd': allowed are entropy"),
+        (TreeConfig(fallback='odd'), "Unknown fallback 'odd': allowed are"),
+        (TreeConfig(answer='odd'), "Unknown answer detector 'odd': allowed are"),
+        (TreeConfig(branching='entropy', entropy_top_k=21), 'this server returns at most 20 log-probs'),
+        (TreeConfig(budget='by_segment_tokens', budget_tokens=1000), '2 prompts of a batch need at least a segment'),
+    ],
+)
 def test_a_config_that_this_server_can_not_follow_is_refused(config, message):
     config = dataclasses.replace(config, segment_length=512, max_depth=2)
     with pytest.raises((ConfigError, ValueError), match=message):
@@ -553,7 +574,8 @@ def test_prompts_share_the_tokens_of_a_depth():
         fallback='none',
         stop_at_repetition=False,
         budget='by_segment_tokens',
-        budget_tokens=6 * 16)
+        budget_tokens=6 * 16,
+    )
     outputs = rollout(requests(*'aaaaaaaabbbbbbbbcccccccc', config=config), scheduler(FakeEngine(speak=speak)))
     assert widths == {1: 6, 2: 6, 3: 6, 4: 6}
     assert sum(tree_of(o)['stop'] == 'token_limit' for o in outputs) == 6
@@ -569,6 +591,7 @@ def test_placeholders_are_masked_and_do_not_count_as_failures():
 
 def test_arrival_order_changes_nothing():
     """The same seed over engines of different speeds: the same trajectories, the same node ids."""
+
     def seeded(delay: float):
         class Slow(FakeEngine):
             async def generate(self, *args, **kwargs):
@@ -584,6 +607,7 @@ def test_arrival_order_changes_nothing():
 
 def test_a_path_is_one_request_and_both_schedules_grow_the_same_tree():
     """The engine's answers depend on the prefix alone, so that they are the same for whoever asks."""
+
     def speak(context: list[int], max_tokens: int, seed: int) -> Segment:
         return sample(context, max_tokens, 0, eos_every=60)
 
@@ -600,6 +624,7 @@ def test_a_path_is_one_request_and_both_schedules_grow_the_same_tree():
 
 def test_the_longest_trees_start_first_where_asked():
     """'b' answers at length, which the scheduler knows when it sees it again."""
+
     def speak(context: list[int], max_tokens: int, seed: int) -> Segment:
         return segment_of([97] * max_tokens) if context[0] == ord('b') else segment_of([97, EOS], StopReason.EOS)
 
@@ -626,7 +651,7 @@ def test_trees_wait_for_room_in_the_kv_cache_and_stay_on_their_rank():
     for place in engine.places:
         ranks.setdefault(place.priority, set()).add(place.rank)
     assert sorted(ranks) == [1, 2, 3, 4] and all(len(rank) == 1 for rank in ranks.values())
-    assert {rank for (rank, ) in ranks.values()} == {0, 1}
+    assert {rank for (rank,) in ranks.values()} == {0, 1}
 
 
 def test_prefixes_that_the_engine_has_dropped_are_counted():

@@ -1,4 +1,5 @@
 """The quickstart leaves no process behind, whatever happens, and says which log to read."""
+
 from __future__ import annotations
 
 import os
@@ -12,7 +13,7 @@ import pytest
 
 QUICKSTART = Path(__file__).parents[2] / 'examples' / 'quickstart'
 sys.path.insert(0, str(QUICKSTART))
-from services import Service, ServiceFailed, free_port  # noqa: E402
+from services import Service, ServiceFailed, free_port
 
 
 def alive(pid: int) -> bool:
@@ -53,9 +54,9 @@ def test_run_ends_everything_on_a_polite_kill(tmp_path):
         path.parent.mkdir(parents=True)
         path.touch()
     (output / 'base-heldout.json').write_text('{"accuracy": 0.5}')
-    code = f'''
+    code = f"""
 import sys; sys.path.insert(0, {str(QUICKSTART)!r}); sys.argv = ["run.py", "--output", {str(output)!r}]
-import run, pathlib; run.HERE = pathlib.Path({str(tmp_path)!r}); sys.exit(run.main())'''
+import run, pathlib; run.HERE = pathlib.Path({str(tmp_path)!r}); sys.exit(run.main())"""
     (tmp_path / 'rollout.sh').write_text('sleep 600 & echo $!; wait')
     process = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True)
     log = output / 'seed-42-steps-40' / 'rollout.log'

@@ -1,4 +1,5 @@
 """Schedulers that users know from ms-swift, as trees over the fake engine; and what was written for others."""
+
 from __future__ import annotations
 
 import inspect
@@ -9,22 +10,22 @@ import pytest
 
 pytest.importorskip('swift')
 
-from swift.rollout import multi_turns  # noqa: E402
+from swift.rollout import multi_turns
 
-from tests.builders import EOS, decode, segment_of  # noqa: E402
-from tests.integration.fake_engine import FakeEngine, FakeTokenizer  # noqa: E402
-from tests.integration.test_scheduler import requests, rollout, tree_of  # noqa: E402
-from tests.integration.test_turns import CONFIG, check_laws, speak  # noqa: E402
-from treepo_swift import plugin  # noqa: E402
-from treepo_swift.config import ConfigError, TreeConfig  # noqa: E402
-from treepo_swift.recheck import RecheckScheduler  # noqa: E402
-from treepo_swift.scheduler import TreeRolloutScheduler  # noqa: E402
-from treepo_swift.tree import StopReason  # noqa: E402
+from tests.builders import EOS, decode, segment_of
+from tests.integration.fake_engine import FakeEngine, FakeTokenizer
+from tests.integration.test_scheduler import requests, rollout, tree_of
+from tests.integration.test_turns import CONFIG, check_laws, speak
+from treepo_swift import plugin
+from treepo_swift.config import ConfigError, TreeConfig
+from treepo_swift.core.tree import StopReason
+from treepo_swift.server.recheck import RecheckScheduler
+from treepo_swift.server.scheduler import TreeRolloutScheduler
 
 EXAMPLES = Path(__file__).parents[2] / 'examples'
 sys.path[:0] = [str(EXAMPLES / folder) for folder in ('swift_schedulers', 'tools', 'saved_calls')]
-import tool_scheduler  # noqa: E402
-import trees  # noqa: E402
+import tool_scheduler
+import trees
 
 
 def talk(cls: type, engine: FakeEngine, *, config: TreeConfig = CONFIG, max_turns: int | None = None, **data: str):
@@ -75,7 +76,7 @@ def test_tool_calls_put_their_result_into_the_message():
 
     outputs = talk(trees.ToolCallTree, FakeEngine(speak=react), config=LONG)
     for output in outputs:
-        (ids, ), (mask, ) = output.response_token_ids, output.response_loss_mask
+        (ids,), (mask,) = output.response_token_ids, output.response_loss_mask
         assert decode(ids) == 'Action: calculator\nAction Input: 2*3\nObservation: 6\nFinal Answer: 6'
         assert bytes(t for t, trained in zip(ids, mask) if not trained) == b' 6\n'
         assert output.rollout_infos['tool_1'] == '6' and output.messages[-1]['content'] == decode(ids)
@@ -90,7 +91,7 @@ def test_the_name_of_swifts_example_asks_until_there_is_an_answer():
     for output in outputs:
         asked = [m['content'] for m in output.messages if m['role'] == 'user'][1:]
         turns = output.rollout_infos['num_turns']
-        assert asked == [scheduler.recheck, scheduler.demand][:turns - 1]
+        assert asked == [scheduler.recheck, scheduler.demand][: turns - 1]
         assert turns == 3 or '\\boxed{' in output.messages[-1]['content']
     assert any(o.rollout_infos['num_turns'] == 3 for o in outputs)
     assert scheduler(segment_engine=FakeEngine(), tokenizer=FakeTokenizer()).max_turns == 6
@@ -119,17 +120,24 @@ def test_gym_environments_need_the_gym_scheduler():
     with pytest.raises(ConfigError, match='treepo_gym'):
         TreeRolloutScheduler(segment_engine=FakeEngine(), tokenizer=FakeTokenizer(), use_gym_env=True)
     plugin.register()
-    assert multi_turns['treepo_gym'](
-        segment_engine=FakeEngine(), tokenizer=FakeTokenizer(), use_gym_env=True, gym_env='x').gym_env_name == 'x'
+    assert (
+        multi_turns['treepo_gym'](
+            segment_engine=FakeEngine(), tokenizer=FakeTokenizer(), use_gym_env=True, gym_env='x'
+        ).gym_env_name
+        == 'x'
+    )
 
 
-@pytest.mark.parametrize('call, result', [
-    ('{"name": "calculator", "arguments": {"expression": "sum([2, 3]) * 4"}}', '20'),
-    ('{"name": "calculator", "arguments": {"expression": "__import__(\'os\')"}}', 'error'),
-    ('{"name": "search", "arguments": {"query": "coins in Ada\'s box"}}', 'Ada\'s box holds'),
-    ('{"name": "shell", "arguments": {"command": "ls"}}', 'error'),
-    ('{"name": ', 'error'),
-])
+@pytest.mark.parametrize(
+    'call, result',
+    [
+        ('{"name": "calculator", "arguments": {"expression": "sum([2, 3]) * 4"}}', '20'),
+        ('{"name": "calculator", "arguments": {"expression": "__import__(\'os\')"}}', 'error'),
+        ('{"name": "search", "arguments": {"query": "coins in Ada\'s box"}}', "Ada's box holds"),
+        ('{"name": "shell", "arguments": {"command": "ls"}}', 'error'),
+        ('{"name": ', 'error'),
+    ],
+)
 def test_the_tools_example_reads_calls_and_runs_none_of_the_models_words(call, result):
     def agent(context, max_tokens, seed):
         turn_two = b'|' in bytes(t for t in context if t)

@@ -1,10 +1,12 @@
 """From rewards to the advantages of every token, through swift's own code, without a model or a server."""
+
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import pytest
 
@@ -23,92 +25,88 @@ WORKED = [
     report('u', [1, 2], [3, 2]),
     report('u', [1, 3], [3, 1]),
     report('u', [4, 5], [2, 2]),
-    report('u', [4, 6], [2, 4])
+    report('u', [4, 6], [2, 4]),
 ]
 """The tree of the worked example: A and B fork below node 1, C and D below node 4."""
 FLAT = [report('u', [i], [i + 2]) for i in range(4)]
 """Nothing shared: plain GRPO."""
-PROGRESS = [[.25, .5], [.25, -.5], [-.25, 0.], [-.25, 0.]]
+PROGRESS = [[0.25, 0.5], [0.25, -0.5], [-0.25, 0.0], [-0.25, 0.0]]
 """What each node is worth more than its parent, where only A is right."""
 
 
-def build_trainer(reports: Sequence[dict[str, Any] | None],
-                  rewards: Callable[..., list[Any]] | Sequence[Any],
-                  *,
-                  cls: Any = None,
-                  config: dict[str, Any] | None = None,
-                  num_generations: int = 4,
-                  steps: int = 1,
-                  world: tuple[int, int] = (0, 1),
-                  grows_trees: bool = True,
-                  **attributes: Any) -> tuple[Any, list[Any]]:
+def build_trainer(
+    reports: Sequence[dict[str, Any] | None],
+    rewards: Callable[..., list[Any]] | Sequence[Any],
+    *,
+    cls: Any = None,
+    config: dict[str, Any] | None = None,
+    num_generations: int = 4,
+    steps: int = 1,
+    world: tuple[int, int] = (0, 1),
+    grows_trees: bool = True,
+    **attributes: Any,
+) -> tuple[Any, list[Any]]:
     """A trainer that has only what rewards and advantages need, and its samples. `world` is (rank, ranks)."""
     from swift.rl_core.data import GRPOSample
 
     from treepo_swift.config import TreeConfig
-    from treepo_swift.trainer import TreeGRPOTrainer
+    from treepo_swift.trainer.trainer import TreeGRPOTrainer
 
     def reward(completions: list[str], **kwargs: Any) -> list[Any]:
         return [rewards[int(text)] for text in completions]
 
     trainer = object.__new__(cls or TreeGRPOTrainer)
-    trainer.__dict__.update({
-        **dict(
-            tree_config=TreeConfig.from_dict(config or {}),
-            grows_trees=grows_trees,
-            _rounds=[],
-            _segments=None,
-            args=SimpleNamespace(report_to=[], steps_per_generation=steps),
-            accelerator=SimpleNamespace(
-                device=torch.device('cpu'),
-                process_index=world[0],
-                num_processes=world[1],
-                is_main_process=not world[0]),
-            state=SimpleNamespace(global_step=0, max_steps=10),
-            control=SimpleNamespace(should_evaluate=False),
-            template=SimpleNamespace(sequence_parallel_size=1),
-            model=SimpleNamespace(training=True),
-            num_generations=num_generations,
-            num_generations_eval=num_generations,
-            dynamic_num_samples=False,
-            enable_server_multi_turn=False,
-            use_gym_env=False,
-            kl_in_reward=False,
-            beta=0.0,
-            advantage_estimator='grpo',
-            scale_rewards='group',
-            reward_funcs=[rewards if callable(rewards) else reward],
-            reward_model_plugins=[None],
-            reward_func_names=['right'],
-            reward_weights=torch.ones(1),
-            overlong_filter=False,
-            rollout_importance_sampling_mode=None,
-            _has_teacher=False,
-            advantage_reweight=None,
-            sdar_loss_coef=0.0,
-            loss_type='dapo',
-            off_policy_sequence_mask_delta=None,
-            _metrics={
-                'train': defaultdict(list),
-                'eval': defaultdict(list)
-            },
-            _logs={
-                'rewards': defaultdict(list),
-                'advantages': []
-            }),
-        **attributes
-    })
+    trainer.__dict__.update(
+        {
+            **dict(
+                tree_config=TreeConfig.from_dict(config or {}),
+                grows_trees=grows_trees,
+                _rounds=[],
+                _segments=None,
+                args=SimpleNamespace(report_to=[], steps_per_generation=steps),
+                accelerator=SimpleNamespace(
+                    device=torch.device('cpu'),
+                    process_index=world[0],
+                    num_processes=world[1],
+                    is_main_process=not world[0],
+                ),
+                state=SimpleNamespace(global_step=0, max_steps=10),
+                control=SimpleNamespace(should_evaluate=False),
+                template=SimpleNamespace(sequence_parallel_size=1),
+                model=SimpleNamespace(training=True),
+                num_generations=num_generations,
+                num_generations_eval=num_generations,
+                dynamic_num_samples=False,
+                enable_server_multi_turn=False,
+                use_gym_env=False,
+                kl_in_reward=False,
+                beta=0.0,
+                advantage_estimator='grpo',
+                scale_rewards='group',
+                reward_funcs=[rewards if callable(rewards) else reward],
+                reward_model_plugins=[None],
+                reward_func_names=['right'],
+                reward_weights=torch.ones(1),
+                overlong_filter=False,
+                rollout_importance_sampling_mode=None,
+                _has_teacher=False,
+                advantage_reweight=None,
+                sdar_loss_coef=0.0,
+                loss_type='dapo',
+                off_policy_sequence_mask_delta=None,
+                _metrics={'train': defaultdict(list), 'eval': defaultdict(list)},
+                _logs={'rewards': defaultdict(list), 'advantages': []},
+            ),
+            **attributes,
+        }
+    )
     samples = [
         GRPOSample(
-            messages=[{
-                'role': 'user',
-                'content': f'question {i}'
-            }, {
-                'role': 'assistant',
-                'content': str(i)
-            }],
+            messages=[{'role': 'user', 'content': f'question {i}'}, {'role': 'assistant', 'content': str(i)}],
             request_id=f'r{i}',
-            rollout_infos={'num_turns': 1} if r is None else {'tree': r}) for i, r in enumerate(reports)
+            rollout_infos={'num_turns': 1} if r is None else {'tree': r},
+        )
+        for i, r in enumerate(reports)
     ]
     return trainer, samples
 
@@ -116,6 +114,7 @@ def build_trainer(reports: Sequence[dict[str, Any] | None],
 def encode(trainer: Any, samples: Sequence[Any], *, left: bool = False, **fields: Any) -> list[dict[str, Any]]:
     """Batches whose loss tokens are those of the reports, after two masked tokens (a response prefix)."""
     from swift.rl_core.data import GRPOBatch
+
     encoded = []
     for chunk in trainer.split_by_mini_batches(list(samples)):
         mask = torch.zeros(len(chunk), T, dtype=torch.bool)
@@ -123,9 +122,9 @@ def encode(trainer: Any, samples: Sequence[Any], *, left: bool = False, **fields
             tree = sample.rollout_infos.get('tree')
             count = 3 if tree is None else 0 if tree['stop'] in ('failed', 'absent') else sum(tree['tokens'])
             start = T - count if left else 2
-            mask[row, start:start + count] = True
+            mask[row, start : start + count] = True
         truncated = torch.tensor([sample.finish_reason == 'length' for sample in chunk])
-        batch = GRPOBatch(mask, truncated, torch.full((len(chunk), ), T))
+        batch = GRPOBatch(mask, truncated, torch.full((len(chunk),), T))
         for name, value in fields.items():
             setattr(batch, name, value(mask))
         encoded.append({'grpo_batch': batch})
@@ -135,6 +134,7 @@ def encode(trainer: Any, samples: Sequence[Any], *, left: bool = False, **fields
 def advantages(trainer: Any, samples: Sequence[Any], **options: Any) -> list[list[float]]:
     """The advantages of every sample's loss tokens, as swift's pipeline leaves them for the loss."""
     from accelerate import PartialState
+
     PartialState(cpu=True)
     trainer._rewards_per_func = trainer._compute_rewards_per_func(samples)
     encoded = encode(trainer, samples, **options)
@@ -155,12 +155,13 @@ def spread(values: Sequence[Sequence[float]], reports: Sequence[dict[str, Any]])
 def test_segment_advantages_reach_their_own_tokens(left, steps):
     """In both layouts that swift has (padding_free aligns to the right), with a response prefix, over mini-batches."""
     trainer, samples = build_trainer(
-        WORKED, [1., 0, 0, 0], steps=steps, config=dict(estimator='progress', normalisation='none'))
+        WORKED, [1.0, 0, 0, 0], steps=steps, config=dict(estimator='progress', normalisation='none')
+    )
     rows = advantages(trainer, samples, left=left)
     for row, expected in zip(rows, spread(PROGRESS, WORKED), strict=True):
         assert row == pytest.approx(expected, abs=1e-6)
     # swift knows a trajectory's mean over its tokens.
-    assert samples[0].advantages.item() == pytest.approx((.25 * 3 + .5 * 2) / 5)
+    assert samples[0].advantages.item() == pytest.approx((0.25 * 3 + 0.5 * 2) / 5)
     assert trainer._logs['advantages'] == pytest.approx([s.advantages.item() for s in samples])
 
 
@@ -168,14 +169,15 @@ def test_segment_advantages_reach_their_own_tokens(left, steps):
 @pytest.mark.parametrize('normalisation', ['whiten', 'group', 'none'])
 def test_normalisation_counts_loss_tokens(estimator, normalisation):
     trainer, samples = build_trainer(
-        WORKED, [1., 0, 0, 0], config=dict(estimator=estimator, normalisation=normalisation))
+        WORKED, [1.0, 0, 0, 0], config=dict(estimator=estimator, normalisation=normalisation)
+    )
     tokens = torch.tensor([v for row in advantages(trainer, samples) for v in row])
     if normalisation == 'whiten':
         assert tokens.mean().item() == pytest.approx(0, abs=1e-6) and tokens.std().item() == pytest.approx(1, abs=1e-4)
     elif normalisation == 'group':
-        assert tokens.abs().max() > .5
+        assert tokens.abs().max() > 0.5
     else:
-        assert tokens[0].item() == pytest.approx(.625 if estimator == 'treepo' else .25)
+        assert tokens[0].item() == pytest.approx(0.625 if estimator == 'treepo' else 0.25)
 
 
 def test_placeholders_are_in_no_baseline_no_metric_and_no_loss():
@@ -184,21 +186,21 @@ def test_placeholders_are_in_no_baseline_no_metric_and_no_loss():
         report('v', [1], [2]),
         report('v', [2], [2]),
         report('v', [], [], 'failed'),
-        report('v', [], [], 'absent')
+        report('v', [], [], 'absent'),
     ]
-    trainer, samples = build_trainer(reports, [1., 0, 0, 0, .3, .3, 9., None], config=dict(normalisation='none'))
+    trainer, samples = build_trainer(reports, [1.0, 0, 0, 0, 0.3, 0.3, 9.0, None], config=dict(normalisation='none'))
     rows = advantages(trainer, samples)
-    assert rows[4:] == [[0, 0], [0, 0], [], []] and rows[0][0] == pytest.approx(.625)
+    assert rows[4:] == [[0, 0], [0, 0], [], []] and rows[0][0] == pytest.approx(0.625)
     # What the reward function made of their filler text is forgotten: the tree is flat.
-    assert trainer._rewards_per_func[4:, 0].tolist() == pytest.approx([.3] * 4)
+    assert trainer._rewards_per_func[4:, 0].tolist() == pytest.approx([0.3] * 4)
     assert trainer.compute_std(samples, trainer._rewards_per_func)[4:].tolist() == [0, 0, 0, 0]
-    assert trainer._metrics['train']['tree/flat_trees'] == [.5]
+    assert trainer._metrics['train']['tree/flat_trees'] == [0.5]
     assert trainer._metrics['train']['tree/stop/failed'] == [1 / 8]
 
 
 def test_a_tree_of_placeholders_only_moves_nothing():
     reports = [*WORKED, *[report('v', [], [], 'failed')] * 4]
-    trainer, samples = build_trainer(reports, [1., 0, 0, 0, 1, 2, 3, 4])
+    trainer, samples = build_trainer(reports, [1.0, 0, 0, 0, 1, 2, 3, 4])
     rows = advantages(trainer, samples)
     assert rows[4:] == [[]] * 4 and all(map(math.isfinite, rows[0]))
     assert trainer.compute_std(samples, trainer._rewards_per_func)[4:].tolist() == [0, 0, 0, 0]
@@ -206,61 +208,72 @@ def test_a_tree_of_placeholders_only_moves_nothing():
 
 @pytest.mark.parametrize('estimator', ['treepo', 'progress'])
 def test_overlong_trajectories_stay_in_the_baseline_but_not_in_the_whitening(estimator):
-    trainer, samples = build_trainer(WORKED, [1., 0, 0, 0], overlong_filter=True, config=dict(estimator=estimator))
+    trainer, samples = build_trainer(WORKED, [1.0, 0, 0, 0], overlong_filter=True, config=dict(estimator=estimator))
     samples[3].finish_reason = 'length'
     rows = advantages(trainer, samples)
     tokens = torch.tensor([v for row in rows[:3] for v in row])
     assert tokens.mean().item() == pytest.approx(0, abs=1e-6) and tokens.std().item() == pytest.approx(1, abs=1e-4)
-    assert set(rows[3]) == {0.}
+    assert set(rows[3]) == {0.0}
 
 
 def test_kl_in_reward_is_subtracted_before_the_estimator():
-    trainer, samples = build_trainer(FLAT, [1., 0, 0, 0], kl_in_reward=True, beta=.1, config=dict(normalisation='none'))
+    trainer, samples = build_trainer(
+        FLAT, [1.0, 0, 0, 0], kl_in_reward=True, beta=0.1, config=dict(normalisation='none')
+    )
     kl = {
-        'old_per_token_logps': lambda mask: torch.full(mask.shape, -1.),
-        'ref_per_token_logps': lambda mask: torch.full(mask.shape, -3.)
+        'old_per_token_logps': lambda mask: torch.full(mask.shape, -1.0),
+        'ref_per_token_logps': lambda mask: torch.full(mask.shape, -3.0),
     }
     rows = advantages(trainer, samples, **kl)
-    rewards = [r - .1 * 2 * sum(report['tokens']) for r, report in zip([1, 0, 0, 0], FLAT)]
+    rewards = [r - 0.1 * 2 * sum(report['tokens']) for r, report in zip([1, 0, 0, 0], FLAT)]
     mean = sum(rewards) / 4
     assert [row[0] for row in rows] == pytest.approx([r - mean for r in rewards])
 
 
 def test_a_token_too_many_is_an_error_with_both_counts():
     reports = [*WORKED[:3], report('u', [4, 6], [2, 4])]
-    trainer, samples = build_trainer(reports, [1., 0, 0, 0])
+    trainer, samples = build_trainer(reports, [1.0, 0, 0, 0])
     trainer._rewards_per_func = trainer._compute_rewards_per_func(samples)
     encoded = encode(trainer, samples)
     encoded[0]['grpo_batch'].completion_mask[3, 2] = False
     with pytest.raises(
-            RuntimeError, match=r'tree u has 5 loss tokens in the trainer, but its nodes \[4, 6\] were '
-            'sampled with 6'):
+        RuntimeError,
+        match=r'tree u has 5 loss tokens in the trainer, but its nodes \[4, 6\] were '
+        'sampled with 6',
+    ):
         trainer._postprocess_batch(samples, encoded)
 
 
 def test_rollout_importance_sampling_without_log_probs_is_an_error():
-    trainer, samples = build_trainer(WORKED, [1., 0, 0, 0], rollout_importance_sampling_mode='token_truncate')
+    trainer, samples = build_trainer(WORKED, [1.0, 0, 0, 0], rollout_importance_sampling_mode='token_truncate')
     with pytest.raises(RuntimeError, match='--rollout_importance_sampling_mode: log-probs of the rollout are missing'):
         advantages(trainer, samples)
 
 
-@pytest.mark.parametrize('value, said', [(None, "'right' returned None or nan"),
-                                         (math.nan, "'right' returned None or nan"), (math.inf, "'right' returned inf"),
-                                         (-math.inf, "'right' returned -inf")])
+@pytest.mark.parametrize(
+    'value, said',
+    [
+        (None, "'right' returned None or nan"),
+        (math.nan, "'right' returned None or nan"),
+        (math.inf, "'right' returned inf"),
+        (-math.inf, "'right' returned -inf"),
+    ],
+)
 def test_a_reward_that_is_no_number_names_function_and_sample(value, said):
-    trainer, samples = build_trainer(WORKED, [1., 0, value, 0])
+    trainer, samples = build_trainer(WORKED, [1.0, 0, value, 0])
     with pytest.raises(ValueError, match=f'Reward function {said} for sample 2 of the batch \\(r2\\).*question 2'):
         advantages(trainer, samples)
 
 
 def test_one_of_two_reward_functions_may_have_nothing_to_say():
-    trainer, samples = build_trainer(FLAT, [1., 0, 0, 0], config=dict(normalisation='none'))
+    trainer, samples = build_trainer(FLAT, [1.0, 0, 0, 0], config=dict(normalisation='none'))
     trainer.__dict__.update(
         reward_funcs=[trainer.reward_funcs[0], lambda completions, **kwargs: [None] * len(completions)],
         reward_model_plugins=[None, None],
         reward_func_names=['right', 'silent'],
-        reward_weights=torch.ones(2))
-    assert advantages(trainer, samples)[0][0] == pytest.approx(.75)
+        reward_weights=torch.ones(2),
+    )
+    assert advantages(trainer, samples)[0][0] == pytest.approx(0.75)
 
 
 def test_metrics_cover_the_rounds_that_dynamic_sampling_threw_away():
@@ -270,34 +283,29 @@ def test_metrics_cover_the_rounds_that_dynamic_sampling_threw_away():
         'engine_requests': 6,
         'forks': 3,
         'fallbacks': 0,
-        'failures': 0
+        'failures': 0,
     }
-    reports = [{
-        **r,
-        **({
-            'stats': stats,
-            'batch': {
-                'seconds': 2.,
-                'scheduler_cpu_seconds': .1
-            }
-        } if not i else {})
-    } for i, r in enumerate(WORKED)]
-    trainer, samples = build_trainer(reports, [1., 1, 1, 1])
+    reports = [
+        {**r, **({'stats': stats, 'batch': {'seconds': 2.0, 'scheduler_cpu_seconds': 0.1}} if not i else {})}
+        for i, r in enumerate(WORKED)
+    ]
+    trainer, samples = build_trainer(reports, [1.0, 1, 1, 1])
     assert trainer.compute_std(samples, trainer._compute_rewards_per_func(samples)).tolist() == [0] * 4
     fresh = [{**r, 'id': 'w'} for r in reports]
     _, resampled = build_trainer(fresh, [])
-    trainer.reward_funcs[:] = [lambda completions, **kwargs: [1., 0, 0, 0]]
+    trainer.reward_funcs[:] = [lambda completions, **kwargs: [1.0, 0, 0, 0]]
     advantages(trainer, resampled)
     metrics = trainer._metrics['train']
     assert metrics['tree/rounds'] == [2] and metrics['tree/trees'] == [2] and metrics['tree/decoded_tokens'] == [22]
-    assert metrics['tree/flat_trees'] == [.5] and metrics['tree/rollout_seconds'] == [4]
+    assert metrics['tree/flat_trees'] == [0.5] and metrics['tree/rollout_seconds'] == [4]
     assert trainer._rounds == []
 
 
 def test_samples_without_trees_are_left_to_swift():
     """A server of another scheduler, and evaluation; in training on trees a missing one is an error."""
     from swift.rlhf_trainers import GRPOTrainer
-    rewards = [1., 0, 0, 1, 0, 0, 0, 1]
+
+    rewards = [1.0, 0, 0, 1, 0, 0, 0, 1]
     plain, samples = build_trainer([None] * 8, rewards, cls=GRPOTrainer)
     expected = advantages(plain, samples)
     for options in (dict(grows_trees=False), dict(model=SimpleNamespace(training=False))):
@@ -318,14 +326,15 @@ def test_samples_without_trees_are_left_to_swift():
         (True, True, False, 'independent', None),  # --async_generate asks before the model is set to eval
         (False, True, True, 'tree', 2),
         (False, False, True, 'tree', 2),
-    ])
+    ],
+)
 def test_evaluation_asks_for_trees_only_where_told(training, should_evaluate, eval_trees, mode, width):
     trainer, _ = build_trainer([], [], config=dict(eval_trees=eval_trees), num_generations_eval=2)
     trainer.model.training, trainer.control.should_evaluate = training, should_evaluate
     trainer.state.global_step = 5
     note = trainer._request_note()
     assert (note.mode, note.num_generations) == (mode, width)
-    assert mode == 'independent' or (note.step, note.progress) == (5, .5)
+    assert mode == 'independent' or (note.step, note.progress) == (5, 0.5)
 
 
 def options(**changes: Any) -> SimpleNamespace:
@@ -344,43 +353,53 @@ def options(**changes: Any) -> SimpleNamespace:
                 async_generate=False,
                 eval_on_start=False,
                 per_device_train_batch_size=16,
-                num_generations=8),
-            **changes
-        })
+                num_generations=8,
+            ),
+            **changes,
+        }
+    )
 
 
-@pytest.mark.parametrize('changes, config, message', [
-    (dict(advantage_estimator='rloo', scale_rewards='none'), {}, 'Set TREEPO_ESTIMATOR=rloo instead.$'),
-    (dict(scale_rewards='gdpo'), {}, '--scale_rewards gdpo: it normalises every reward function by itself'),
-    (dict(scale_rewards='none'), {}, 'TREEPO_NORMALISATION=none'),
-    (dict(scale_rewards='batch'), dict(normalisation='group'), 'TREEPO_NORMALISATION=whiten'),
-    (dict(loss_type='real', scale_rewards='none'), {}, '--loss_type real: it only takes the sign'),
-    (dict(loss_type='real', per_device_train_batch_size=12), dict(normalisation='none'), 'must hold whole prompts'),
-    (dict(kl_in_reward=True), dict(reject_flat_subgroups=True), 'no subgroup would ever be rejected'),
-    (dict(loss_type='real'), dict(estimator='progress', normalisation='none'), 'one sign per trajectory'),
-    (dict(importance_sampling_level='sequence'), dict(estimator='spo'), 'Use sequence_token'),
-    (dict(use_liger_kernel=True), dict(estimator='treerl'), 'takes the mean over a trajectory'),
-    (dict(advantage_reweight='rlsd'), dict(estimator='progress'), 'reweights one advantage per trajectory'),
-    (dict(structured_outputs_regex='a+'), {}, 'would start anew at every segment'),
-    (dict(async_generate=True, eval_on_start=True), {}, 'trains on the evaluation\'s'),
-])
+@pytest.mark.parametrize(
+    'changes, config, message',
+    [
+        (dict(advantage_estimator='rloo', scale_rewards='none'), {}, 'Set TREEPO_ESTIMATOR=rloo instead.$'),
+        (dict(scale_rewards='gdpo'), {}, '--scale_rewards gdpo: it normalises every reward function by itself'),
+        (dict(scale_rewards='none'), {}, 'TREEPO_NORMALISATION=none'),
+        (dict(scale_rewards='batch'), dict(normalisation='group'), 'TREEPO_NORMALISATION=whiten'),
+        (dict(loss_type='real', scale_rewards='none'), {}, '--loss_type real: it only takes the sign'),
+        (dict(loss_type='real', per_device_train_batch_size=12), dict(normalisation='none'), 'must hold whole prompts'),
+        (dict(kl_in_reward=True), dict(reject_flat_subgroups=True), 'no subgroup would ever be rejected'),
+        (dict(loss_type='real'), dict(estimator='progress', normalisation='none'), 'one sign per trajectory'),
+        (dict(importance_sampling_level='sequence'), dict(estimator='spo'), 'Use sequence_token'),
+        (dict(use_liger_kernel=True), dict(estimator='treerl'), 'takes the mean over a trajectory'),
+        (dict(advantage_reweight='rlsd'), dict(estimator='progress'), 'reweights one advantage per trajectory'),
+        (dict(structured_outputs_regex='a+'), {}, 'would start anew at every segment'),
+        (dict(async_generate=True, eval_on_start=True), {}, "trains on the evaluation's"),
+    ],
+)
 def test_options_that_can_not_work_are_refused_with_the_reason(changes, config, message):
-    from treepo_swift.compatibility import check_options
     from treepo_swift.config import ConfigError, TreeConfig
+    from treepo_swift.trainer.compatibility import check_options
+
     with pytest.raises(ConfigError, match=message):
         check_options(options(**changes), TreeConfig.from_dict(config))
 
 
-@pytest.mark.parametrize('changes, config', [
-    ({}, {}),
-    (dict(scale_rewards='batch'), {}),
-    (dict(scale_rewards='none'), dict(normalisation='none')),
-    (dict(scale_rewards='none', loss_type='real'), dict(normalisation='group')),
-    (dict(kl_in_reward=True, beta=0.0), dict(reject_flat_subgroups=True)),
-    (dict(importance_sampling_level='sequence'), {}),
-    (dict(importance_sampling_level='sequence_token', async_generate=True), dict(estimator='progress')),
-])
+@pytest.mark.parametrize(
+    'changes, config',
+    [
+        ({}, {}),
+        (dict(scale_rewards='batch'), {}),
+        (dict(scale_rewards='none'), dict(normalisation='none')),
+        (dict(scale_rewards='none', loss_type='real'), dict(normalisation='group')),
+        (dict(kl_in_reward=True, beta=0.0), dict(reject_flat_subgroups=True)),
+        (dict(importance_sampling_level='sequence'), {}),
+        (dict(importance_sampling_level='sequence_token', async_generate=True), dict(estimator='progress')),
+    ],
+)
 def test_options_that_work_are_let_through(changes, config):
-    from treepo_swift.compatibility import check_options
     from treepo_swift.config import TreeConfig
+    from treepo_swift.trainer.compatibility import check_options
+
     check_options(options(**changes), TreeConfig.from_dict(config))

@@ -1,4 +1,5 @@
 """Turns over the fake engine: swift's hooks, exact history, state that forks, and what hooks do wrong."""
+
 from __future__ import annotations
 
 import asyncio
@@ -11,18 +12,18 @@ import pytest
 
 pytest.importorskip('swift')
 
-from swift.infer_engine import protocol  # noqa: E402
-from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest, RolloutOutput  # noqa: E402
-from swift.rollout import MultiTurnScheduler  # noqa: E402
-from swift.rollout.multi_turn import GYMScheduler, MathTipsScheduler  # noqa: E402
+from swift.infer_engine import protocol
+from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest, RolloutOutput
+from swift.rollout import MultiTurnScheduler
+from swift.rollout.multi_turn import GYMScheduler, MathTipsScheduler
 
-from tests.builders import EOS, decode, logprobs, sample, segment_of  # noqa: E402
-from tests.integration.fake_engine import SEPARATOR, FakeEngine, FakeTokenizer  # noqa: E402
-from tests.integration.test_scheduler import requests, rollout, tree_of  # noqa: E402
-from treepo_swift.config import TreeConfig  # noqa: E402
-from treepo_swift.scheduler import TreeRolloutScheduler  # noqa: E402
-from treepo_swift.search import Segment  # noqa: E402
-from treepo_swift.tree import StopReason  # noqa: E402
+from tests.builders import EOS, decode, logprobs, sample, segment_of
+from tests.integration.fake_engine import SEPARATOR, FakeEngine, FakeTokenizer
+from tests.integration.test_scheduler import requests, rollout, tree_of
+from treepo_swift.config import TreeConfig
+from treepo_swift.core.search import Segment
+from treepo_swift.core.tree import StopReason
+from treepo_swift.server.scheduler import TreeRolloutScheduler
 
 CONFIG = TreeConfig(segment_length=4, max_depth=8, answer='none')
 
@@ -38,8 +39,9 @@ class Chat(MultiTurnScheduler):
     questions = ('really', 'are you sure')
 
     def check_finished(self, infer_request, response_choice, current_turn):
-        return current_turn > len(self.questions) or super().check_finished(infer_request, response_choice,
-                                                                            current_turn)
+        return current_turn > len(self.questions) or super().check_finished(
+            infer_request, response_choice, current_turn
+        )
 
     def step(self, infer_request, response_choice, current_turn):
         infer_request.messages.append({'role': 'user', 'content': self.questions[current_turn - 1]})
@@ -54,17 +56,20 @@ class TipsTree(TreeRolloutScheduler, MathTipsScheduler):
     pass
 
 
-def talk(cls: type = ChatTree,
-         width: int = 8,
-         *,
-         config: TreeConfig = CONFIG,
-         max_turns: int | None = None,
-         engine: FakeEngine | None = None,
-         prompt: str = 'prompt',
-         data: dict[str, Any] | None = None,
-         **kwargs: Any) -> list[RolloutOutput]:
+def talk(
+    cls: type = ChatTree,
+    width: int = 8,
+    *,
+    config: TreeConfig = CONFIG,
+    max_turns: int | None = None,
+    engine: FakeEngine | None = None,
+    prompt: str = 'prompt',
+    data: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> list[RolloutOutput]:
     target = cls(
-        segment_engine=engine or FakeEngine(speak=speak), max_turns=max_turns, tokenizer=FakeTokenizer(), **kwargs)
+        segment_engine=engine or FakeEngine(speak=speak), max_turns=max_turns, tokenizer=FakeTokenizer(), **kwargs
+    )
     batch = requests(*[prompt] * width, config=config)
     for request in batch:
         request.data_dict.update(data or {})
@@ -95,8 +100,9 @@ def test_a_turn_goes_on_from_all_tokens_of_the_turn_before():
             context += ids
             if question:
                 context += [SEPARATOR, *question.encode()]
-        assert [m['content'] for m in output.messages
-                if m['role'] == 'assistant'] == [decode(ids) for ids in output.response_token_ids]
+        assert [m['content'] for m in output.messages if m['role'] == 'assistant'] == [
+            decode(ids) for ids in output.response_token_ids
+        ]
         assert output.rollout_infos['turn 1'] == 3 and output.rollout_infos['turn 2'] == 5
 
 
@@ -105,7 +111,9 @@ def test_a_turn_goes_on_from_all_tokens_of_the_turn_before():
 def test_shared_nodes_mean_shared_turns(schedule, fork_at):
     outputs = talk(
         config=TreeConfig(
-            segment_length=2, max_depth=8, answer='none', fork_at=fork_at, schedule=schedule, root_divergence=1))
+            segment_length=2, max_depth=8, answer='none', fork_at=fork_at, schedule=schedule, root_divergence=1
+        )
+    )
     check_laws(outputs)
     for a in outputs:
         for b in outputs:
@@ -148,6 +156,7 @@ class SwiftEngine:
 
 class Calculator(MultiTurnScheduler):
     """Goes on in its own message, as the tool-call scheduler of swift's examples does."""
+
     def check_finished(self, infer_request, response_choice, current_turn):
         return current_turn == 3
 
@@ -161,9 +170,7 @@ class Calculator(MultiTurnScheduler):
             'infer_request': infer_request,
             'response_token_ids': ids,
             'response_loss_mask': mask,
-            'rollout_infos': {
-                'said': current_turn
-            }
+            'rollout_infos': {'said': current_turn},
         }
 
 
@@ -174,15 +181,13 @@ def test_a_tree_of_one_says_what_swift_says(scheduler, max_turns):
     options = {'acc_function': lambda completions, solutions: [0.0]} if scheduler is MathTipsScheduler else {}
     swift = scheduler(SwiftEngine(), max_turns, tokenizer=FakeTokenizer(), **options)
     request = RolloutInferRequest(
-        messages=[{
-            'role': 'user',
-            'content': 'prompt'
-        }], uuid='r', data_dict={'solution': '7'})
+        messages=[{'role': 'user', 'content': 'prompt'}], uuid='r', data_dict={'solution': '7'}
+    )
     config = RequestConfig(max_tokens=64)
     expected = asyncio.run(swift.run(copy.deepcopy(request), config))
 
     tree = type('Tree', (TreeRolloutScheduler, scheduler), {})
-    got, = talk(tree, 1, engine=FakeEngine(speak=whole_turn), max_turns=max_turns, data={'solution': '7'}, **options)
+    (got,) = talk(tree, 1, engine=FakeEngine(speak=whole_turn), max_turns=max_turns, data={'solution': '7'}, **options)
     assert got.response_token_ids == expected.response_token_ids
     assert got.response_loss_mask == expected.response_loss_mask
     assert [list(map(float, turn)) for turn in got.rollout_logprobs] == expected.rollout_logprobs
@@ -198,10 +203,10 @@ def test_inserted_tokens_are_masked_and_shared_by_the_forks_behind_them():
     check_laws(outputs)
     tips = list(MathTipsScheduler.tips_prompt.encode())
     for output in outputs:
-        (ids, ), (mask, ) = output.response_token_ids, output.response_loss_mask
+        (ids,), (mask,) = output.response_token_ids, output.response_loss_mask
         assert output.rollout_infos['num_turns'] == 2
         begin = mask.index(0)
-        assert ids[begin:begin + len(tips)] == tips and mask[begin:begin + len(tips)] == [0] * len(tips)
+        assert ids[begin : begin + len(tips)] == tips and mask[begin : begin + len(tips)] == [0] * len(tips)
         assert sum(mask) == len(mask) - len(tips)
 
 
@@ -233,6 +238,7 @@ def test_max_turns_and_real_limits_end_a_trajectory():
 
 def test_an_early_stop_ends_the_turn_and_not_the_trajectory():
     """The answer of a first turn is not the last word, and does not end the second turn again."""
+
     def boxes_at_once(context, max_tokens, seed):
         ids = list(b'\\boxed{1}') if SEPARATOR not in context else [*b'no', EOS]
         return segment_of(ids[:max_tokens], StopReason.EOS if ids[-1] == EOS else None)
@@ -290,7 +296,8 @@ class Uncopyable(Counter):
 def test_state_forks_with_its_path_and_is_released(fork_state):
     config = TreeConfig(segment_length=4, max_depth=8, answer='none', fork_state=fork_state)
     target = (Counter if fork_state == 'copy' else Uncopyable)(
-        segment_engine=FakeEngine(speak=speak), tokenizer=FakeTokenizer())
+        segment_engine=FakeEngine(speak=speak), tokenizer=FakeTokenizer()
+    )
     outputs = rollout(requests(*['a'] * 8, config=config), target, seed=1)
     check_laws(outputs)
     for output in outputs:
@@ -344,7 +351,8 @@ def test_states_are_released_when_a_rollout_is_cancelled():
 
     async def cancelled():
         task = asyncio.ensure_future(
-            target.rollout(requests(*['a'] * 4, config=CONFIG), RequestConfig(max_tokens=64), use_tqdm=False))
+            target.rollout(requests(*['a'] * 4, config=CONFIG), RequestConfig(max_tokens=64), use_tqdm=False)
+        )
         while not any('/' in state for state in target.told):
             await asyncio.sleep(0.01)
         task.cancel()
@@ -384,6 +392,7 @@ def test_state_that_a_step_began_forks_and_is_released_too():
 
 class FakeGame:
     """A gym environment that wants three answers; rewards differ from step to step."""
+
     def __init__(self, config):
         self.answers: list[str] = []
 
@@ -400,7 +409,7 @@ class FakeGame:
 
 
 def test_swifts_gym_scheduler_is_a_tree_by_its_base_class():
-    from treepo_swift.gym import TreeGymScheduler
+    from treepo_swift.server.gym import TreeGymScheduler
 
     class Game(TreeGymScheduler):
         def _create_env(self, env_config):
@@ -445,42 +454,40 @@ WRONG_STEPS = {
     'wrong type': (lambda r, c, t: [r], 'allowed is a dict whose "infer_request"'),
     'no request': (lambda r, c, t: {}, 'allowed is a dict whose "infer_request"'),
     'rewrites history': (rewrites, 'rewrote the history at message 0'),
-    'no messages': (lambda r, c, t: {
-        'infer_request': RolloutInferRequest(messages=None)
-    }, 'allowed is a list'),
-    'strange messages': (lambda r, c, t: {
-        'infer_request': RolloutInferRequest(messages=[*r.messages, 5])
-    }, "'int' object has no attribute 'get'"),
-    'drops history': (lambda r, c, t: {
-        'infer_request': RolloutInferRequest(messages=[])
-    }, 'rewrote the history'),
+    'no messages': (lambda r, c, t: {'infer_request': RolloutInferRequest(messages=None)}, 'allowed is a list'),
+    'strange messages': (
+        lambda r, c, t: {'infer_request': RolloutInferRequest(messages=[*r.messages, 5])},
+        "'int' object has no attribute 'get'",
+    ),
+    'drops history': (lambda r, c, t: {'infer_request': RolloutInferRequest(messages=[])}, 'rewrote the history'),
     'changes the text': (changes_text, 'changed the text of the reply without "response_token_ids"'),
-    'mask length': (lambda r, c, t: appends(r, c, t, response_token_ids=c.token_ids, response_loss_mask=[1, 1, 1] * 9),
-                    'a response_loss_mask of 27 values'),
-    'mask values':
-    (lambda r, c, t: appends(r, c, t, response_loss_mask=[2] * len(c.token_ids)), 'allowed is a list of 0 and 1'),
-    'trains on its own tokens': (lambda r, c, t: appends(
-        r, c, t, response_token_ids=[*c.token_ids, 65], response_loss_mask=[1] *
-        (len(c.token_ids) + 1)), 'its response_loss_mask trains on token'),
+    'mask length': (
+        lambda r, c, t: appends(r, c, t, response_token_ids=c.token_ids, response_loss_mask=[1, 1, 1] * 9),
+        'a response_loss_mask of 27 values',
+    ),
+    'mask values': (
+        lambda r, c, t: appends(r, c, t, response_loss_mask=[2] * len(c.token_ids)),
+        'allowed is a list of 0 and 1',
+    ),
+    'trains on its own tokens': (
+        lambda r, c, t: appends(
+            r, c, t, response_token_ids=[*c.token_ids, 65], response_loss_mask=[1] * (len(c.token_ids) + 1)
+        ),
+        'its response_loss_mask trains on token',
+    ),
     'no token ids': (lambda r, c, t: appends(r, c, t, response_token_ids='text'), 'allowed is a list of token ids'),
     'log-probs': (lambda r, c, t: appends(r, c, t, rollout_logprobs=[0.5]), 'returned 1 rollout_logprobs'),
     'infos': (lambda r, c, t: appends(r, c, t, rollout_infos={'x': object()}), 'can not be sent as JSON'),
     'not a number': (lambda r, c, t: appends(r, c, t, rollout_infos={'x': float('nan')}), 'can not be sent as JSON'),
     'our infos': (lambda r, c, t: appends(r, c, t, rollout_infos={'tree': 1}), "without the key 'tree'"),
-    'prefill': (lambda r, c, t: {
-        'infer_request': r,
-        'x': r.messages.append({
-            'role': 'assistant',
-            'content': 'I think'
-        })
-    }, 'appended an assistant message of its own'),
-    'unencodable': (lambda r, c, t: {
-        'infer_request': r,
-        'x': r.messages.append({
-            'role': 'user',
-            'content': 'unencodable'
-        })
-    }, 'the template can not encode'),
+    'prefill': (
+        lambda r, c, t: {'infer_request': r, 'x': r.messages.append({'role': 'assistant', 'content': 'I think'})},
+        'appended an assistant message of its own',
+    ),
+    'unencodable': (
+        lambda r, c, t: {'infer_request': r, 'x': r.messages.append({'role': 'user', 'content': 'unencodable'})},
+        'the template can not encode',
+    ),
 }
 
 
@@ -506,12 +513,13 @@ def test_a_wrong_step_fails_its_own_path_and_is_named(name):
     assert name in failed or failed, f'{name} never failed'
 
 
-@pytest.mark.parametrize('hook, result, complaint', [
-    ('on_turn_end', None, 'Wrong.on_turn_end after turn 1 on path'),
-    ('on_turn_end', {
-        'rollout_infos': [1]
-    }, 'allowed is a dict'),
-])
+@pytest.mark.parametrize(
+    'hook, result, complaint',
+    [
+        ('on_turn_end', None, 'Wrong.on_turn_end after turn 1 on path'),
+        ('on_turn_end', {'rollout_infos': [1]}, 'allowed is a dict'),
+    ],
+)
 def test_other_hooks_that_return_rubbish_are_named_too(hook, result, complaint):
     class Wrong(ChatTree):
         async def on_turn_end(self, infer_request, response_choice, current_turn):
@@ -523,7 +531,8 @@ def test_other_hooks_that_return_rubbish_are_named_too(hook, result, complaint):
 
 def test_swifts_placeholder_starts_no_environment():
     """A server without requests this time gets one of these, to ignore the answer."""
-    from treepo_swift.scheduler import SWIFT_PLACEHOLDER
+    from treepo_swift.server.scheduler import SWIFT_PLACEHOLDER
+
     target = Counter(segment_engine=FakeEngine(speak=whole_turn), tokenizer=FakeTokenizer())
     outputs = rollout([RolloutInferRequest(messages=list(SWIFT_PLACEHOLDER), uuid='x')], target)
     assert len(outputs) == 1 and target.started == 0
@@ -539,21 +548,23 @@ def test_an_environment_that_can_not_start_fails_its_tree_and_no_other():
     target = Picky(segment_engine=FakeEngine(speak=speak), tokenizer=FakeTokenizer())
     outputs = rollout(batch, target, seed=1)
     assert [tree_of(o)['stop'] == 'failed' for o in outputs] == [True] * 2 + [False] * 4
-    assert 'Picky.on_trajectory_start at the root of tree request-0: raised RuntimeError: no such level' in tree_of(
-        outputs[0])['error']
+    assert (
+        'Picky.on_trajectory_start at the root of tree request-0: raised RuntimeError: no such level'
+        in tree_of(outputs[0])['error']
+    )
 
 
 @pytest.mark.parametrize('kind', ['async', 'sync'])
 def test_two_hundred_slow_tools_take_about_as_long_as_one(kind):
     class Sync(ChatTree):
-        questions = ('go on', )
+        questions = ('go on',)
 
         def step(self, infer_request, response_choice, current_turn):
             time.sleep(0.1)
             return super().step(infer_request, response_choice, current_turn)
 
     class Async(ChatTree):
-        questions = ('go on', )
+        questions = ('go on',)
 
         async def step(self, infer_request, response_choice, current_turn):
             await asyncio.sleep(0.1)
@@ -562,7 +573,8 @@ def test_two_hundred_slow_tools_take_about_as_long_as_one(kind):
     def seconds(count):
         target = (Sync if kind == 'sync' else Async)(
             segment_engine=FakeEngine(speak=lambda c, n, s: segment_of([97 + s % 20, EOS], StopReason.EOS)),
-            tokenizer=FakeTokenizer())
+            tokenizer=FakeTokenizer(),
+        )
         batch = requests(*[f'p{i}' for i in range(count)], config=CONFIG)
         began = time.perf_counter()
         outputs = rollout(batch, target, seed=1)

@@ -1,4 +1,5 @@
 """Advantages of two gloo processes are those of one, for every token, wherever a tree's trajectories sit."""
+
 from __future__ import annotations
 
 import os
@@ -37,7 +38,7 @@ def batch() -> tuple[list[dict[str, Any]], list[float]]:
                 reports.append(report(f't{tree}', [], [], 'failed'))
             else:
                 reports.append(report(f't{tree}', [1 + leaf // 2, 10 + leaf], [3 + leaf // 2, rng.randint(1, 6)]))
-            rewards.append(float(rng.random() < .5))
+            rewards.append(float(rng.random() < 0.5))
     return reports, rewards
 
 
@@ -50,7 +51,8 @@ def compute(rank: int, world: int) -> list[list[list[float]]]:
     for config in CASES:
         for overlong in (False, True):
             trainer, samples = build_trainer(
-                reports[mine], rewards[mine], config=config, world=(rank, world), overlong_filter=overlong, steps=2)
+                reports[mine], rewards[mine], config=config, world=(rank, world), overlong_filter=overlong, steps=2
+            )
             for index in (1, 9):
                 if mine.start <= index < mine.stop:
                     samples[index - mine.start].finish_reason = 'length'
@@ -66,8 +68,10 @@ def two_ranks(rank: int, port: int, folder: str) -> None:
         WORLD_SIZE='2',
         MASTER_ADDR='127.0.0.1',
         MASTER_PORT=str(port),
-        ACCELERATE_USE_CPU='1')
+        ACCELERATE_USE_CPU='1',
+    )
     from accelerate import PartialState
+
     state = PartialState(cpu=True, backend='gloo')
     assert state.num_processes == 2
     torch.save(compute(rank, 2), Path(folder) / f'rank{rank}.pt')
@@ -76,6 +80,7 @@ def two_ranks(rank: int, port: int, folder: str) -> None:
 
 def one_rank(rank: int, folder: str) -> None:
     from accelerate import PartialState
+
     PartialState(cpu=True)
     torch.save(compute(0, 1), Path(folder) / 'alone.pt')
 
@@ -85,7 +90,7 @@ def test_two_ranks_agree_with_one(tmp_path):
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     torch.multiprocessing.spawn(two_ranks, args=(port, str(tmp_path)), nprocs=2)
-    torch.multiprocessing.spawn(one_rank, args=(str(tmp_path), ), nprocs=1)
+    torch.multiprocessing.spawn(one_rank, args=(str(tmp_path),), nprocs=1)
     first, second, alone = (torch.load(tmp_path / f'{name}.pt') for name in ('rank0', 'rank1', 'alone'))
     assert len(alone) == 2 * len(CASES)
     for case, (a, b, expected) in enumerate(zip(first, second, alone, strict=True)):

@@ -1,4 +1,5 @@
 """What goes over the boundary to vLLM, and what is made of what comes back."""
+
 from __future__ import annotations
 
 import asyncio
@@ -10,12 +11,13 @@ import pytest
 pytest.importorskip('swift')
 pytest.importorskip('vllm')
 
-from swift.infer_engine.protocol import RequestConfig  # noqa: E402
-from vllm.logprobs import FlatLogprobs  # noqa: E402
-from vllm.sampling_params import RequestOutputKind, SamplingParams  # noqa: E402
+from swift.infer_engine.protocol import RequestConfig
+from vllm.logprobs import FlatLogprobs
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from treepo_swift.engine import EngineError, Place, Prompt, VllmSegmentEngine  # noqa: E402
-from treepo_swift.tree import StopReason  # noqa: E402
+from treepo_swift.core.tree import StopReason
+from treepo_swift.server.engine import EngineError, Place, Prompt
+from treepo_swift.server.vllm_engine import VllmSegmentEngine
 
 
 class Tokenizer:
@@ -27,6 +29,7 @@ class Tokenizer:
 
 class Vllm:
     """`AsyncLLM` as far as we use it: says 100, 101, ... in the chunks that it was asked for."""
+
     log_stats = False
 
     def __init__(self, *, ranks: int, policy: str, length: int = 10**6, gone_after: int = 10**6) -> None:
@@ -34,7 +37,8 @@ class Vllm:
             model_config=SimpleNamespace(max_model_len=1000, max_logprobs=20),
             cache_config=SimpleNamespace(block_size=16, num_gpu_blocks=100),
             parallel_config=SimpleNamespace(data_parallel_size=ranks),
-            scheduler_config=SimpleNamespace(policy=policy))
+            scheduler_config=SimpleNamespace(policy=policy),
+        )
         self.length, self.gone_after = length, gone_after
         self.asked: list[tuple] = []
         self.closed = 0
@@ -53,12 +57,13 @@ class Vllm:
                 logprobs = FlatLogprobs()
                 for token in tokens:
                     # The sampled token, then the likeliest ones: it may be one of them.
-                    likeliest = [token, 7][:sampling.logprobs]
+                    likeliest = [token, 7][: sampling.logprobs]
                     logprobs.append_fast([token, *likeliest], [-1.0, -1.0, -2.0], [1, 1, 2], [None] * 3)
                 finished = end == total
                 reason = ('length' if total == sampling.max_tokens else 'stop') if finished else None
                 completion = SimpleNamespace(
-                    token_ids=tokens, logprobs=logprobs, finish_reason=reason, stop_reason=None)
+                    token_ids=tokens, logprobs=logprobs, finish_reason=reason, stop_reason=None
+                )
                 yield SimpleNamespace(outputs=[completion], finished=finished, num_cached_tokens=32)
         finally:
             self.closed += 1
@@ -84,22 +89,32 @@ def engine(ranks: int = 1, policy: str = 'fcfs', **options) -> VllmSegmentEngine
             _prepare_generation_config=prepare,
             _add_stop_words=add_stop_words,
             _get_stop_token_ids=lambda words: [],
-            _get_grpo_lora_request_async=no_lora))
+            _get_grpo_lora_request_async=no_lora,
+        )
+    )
 
 
-def sample(target: VllmSegmentEngine,
-           max_tokens: int,
-           segment_tokens: int,
-           *,
-           take: int = 10**6,
-           top: int = 0,
-           stop: list[str] | None = None,
-           place: Place = Place()):
+def sample(
+    target: VllmSegmentEngine,
+    max_tokens: int,
+    segment_tokens: int,
+    *,
+    take: int = 10**6,
+    top: int = 0,
+    stop: list[str] | None = None,
+    place: Place | None = None,
+):
     async def run():
         await target.begin_batch(RequestConfig(temperature=1.0, stop=stop), top_logprobs=top)
         segments = []
         stream = target.generate(
-            Prompt([1, 2, 3], {}), [4, 5], max_tokens=max_tokens, segment_tokens=segment_tokens, seed=9, place=place)
+            Prompt([1, 2, 3], {}),
+            [4, 5],
+            max_tokens=max_tokens,
+            segment_tokens=segment_tokens,
+            seed=9,
+            place=place or Place(),
+        )
         async for segment in stream:
             segments.append(segment)
             if len(segments) == take:
@@ -117,7 +132,7 @@ def test_a_stream_comes_in_chunks_of_a_segment_and_ends_as_the_model_ends_it():
     assert [t for s in segments for t in s.token_ids] == list(range(100, 170))
     assert [s.stop for s in segments] == [None, None, StopReason.EOS]
     assert [s.cached_tokens for s in segments] == [32, 0, 0] and [s.ahead for s in segments] == [1, 1, 0]
-    (inputs, sampling, _, _), = target._vllm.asked
+    ((inputs, sampling, _, _),) = target._vllm.asked
     assert inputs == {'prompt_token_ids': [1, 2, 3, 4, 5], 'type': 'token'}
     assert (sampling.output_kind, sampling.stream_interval) == (RequestOutputKind.DELTA, 32)
     assert (sampling.max_tokens, sampling.seed) == (96, 9)
@@ -131,7 +146,7 @@ def test_a_response_that_ends_with_a_segment_says_so_in_it(length):
 
 def test_a_request_of_one_segment_comes_whole():
     target = engine()
-    segment, = sample(target, 32, 32)
+    (segment,) = sample(target, 32, 32)
     assert segment.stop is None and len(segment.token_ids) == 32
     assert target._vllm.asked[0][1].output_kind is RequestOutputKind.FINAL_ONLY
 
@@ -161,7 +176,7 @@ def test_a_tree_stays_on_its_rank_and_priority_is_given_where_the_engine_takes_i
 
 
 def test_entropies_count_each_outcome_once():
-    segment, = sample(engine(), 2, 2, top=2)
+    (segment,) = sample(engine(), 2, 2, top=2)
     rest = 1 - math.exp(-1) - math.exp(-2)
     assert segment.entropies == pytest.approx([math.exp(-1) + 2 * math.exp(-2) - rest * math.log(rest)] * 2)
 

@@ -1,4 +1,5 @@
 """Places for trees: one rank each, no more than fit, the first come first."""
+
 from __future__ import annotations
 
 import asyncio
@@ -8,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treepo_swift.admission import Admission, Forecast
-from treepo_swift.tasks import Nursery, all_or_cancel
+from treepo_swift.server.admission import Admission, Forecast
+from treepo_swift.server.tasks import Nursery, all_or_cancel
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=30), st.integers(1, 4), st.sampled_from([0, 50, 100]))

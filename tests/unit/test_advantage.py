@@ -14,22 +14,16 @@ PATHS = [['u', 's1', 's2'], ['u', 's1', 's3'], ['u', 's4', 's5'], ['u', 's4', 's
 REWARDS = [1.0, 0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize('options, expected', [
-    ({}, [.625, -.375, -.125, -.125]),
-    ({
-        'weighting': 'size'
-    }, [2 / 3, -1 / 3, -1 / 6, -1 / 6]),
-    ({
-        'reject_flat_subgroups': True
-    }, [.625, -.375, -.25, -.25]),
-    ({
-        'include_root': False
-    }, [.5, -.5, 0, 0]),
-    ({
-        'include_root': False,
-        'reject_flat_subgroups': True
-    }, [.5, -.5, -.25, -.25]),
-])
+@pytest.mark.parametrize(
+    'options, expected',
+    [
+        ({}, [0.625, -0.375, -0.125, -0.125]),
+        ({'weighting': 'size'}, [2 / 3, -1 / 3, -1 / 6, -1 / 6]),
+        ({'reject_flat_subgroups': True}, [0.625, -0.375, -0.25, -0.25]),
+        ({'include_root': False}, [0.5, -0.5, 0, 0]),
+        ({'include_root': False, 'reject_flat_subgroups': True}, [0.5, -0.5, -0.25, -0.25]),
+    ],
+)
 def test_the_worked_example(options, expected):
     assert estimate(PATHS, REWARDS, **options) == pytest.approx(expected)
 
@@ -43,31 +37,34 @@ def test_a_chain_counts_once_per_segment_or_once():
 
 
 def test_without_sharing_it_is_plain_grpo():
-    rewards = [1.0, 0.0, .5, 0.0]
+    rewards = [1.0, 0.0, 0.5, 0.0]
     paths = [['u', i, 10 + i] for i in range(4)]
     mean = statistics.mean(rewards)
     assert estimate(paths, rewards) == pytest.approx([r - mean for r in rewards])
 
 
 def test_a_tree_of_one_trajectory_has_baseline_zero():
-    assert estimate([['u', 1, 2]], [.7]) == [.7]
+    assert estimate([['u', 1, 2]], [0.7]) == [0.7]
 
 
 forests = st.lists(
-    st.tuples(st.lists(st.integers(0, 2), max_size=4).map(tuple), st.sampled_from([0.0, .25, 1.0]), st.integers(0, 2)),
+    st.tuples(st.lists(st.integers(0, 2), max_size=4).map(tuple), st.sampled_from([0.0, 0.25, 1.0]), st.integers(0, 2)),
     min_size=1,
-    max_size=24)
-options = st.fixed_dictionaries({
-    'weighting': st.sampled_from(['average', 'size']),
-    'reject_flat_subgroups': st.booleans(),
-    'include_root': st.booleans(),
-    'count_chains': st.sampled_from(['per_depth', 'per_fork'])
-})
+    max_size=24,
+)
+options = st.fixed_dictionaries(
+    {
+        'weighting': st.sampled_from(['average', 'size']),
+        'reject_flat_subgroups': st.booleans(),
+        'include_root': st.booleans(),
+        'count_chains': st.sampled_from(['per_depth', 'per_fork']),
+    }
+)
 
 
 def build(forest):
     # Node ids are unique in a tree, as the search makes them: a prefix names its node.
-    paths = [[tree, *(steps[:k + 1] for k in range(len(steps)))] for steps, _, tree in forest]
+    paths = [[tree, *(steps[: k + 1] for k in range(len(steps)))] for steps, _, tree in forest]
     return paths, [reward for _, reward, _ in forest]
 
 
@@ -87,7 +84,7 @@ def test_adding_a_constant_to_rewards_changes_nothing_where_a_baseline_exists(fo
     paths, rewards = build(forest)
     sizes = {tree: sum(p[0] == tree for p in paths) for tree in {p[0] for p in paths}}
     a, b = estimate(paths, rewards, **options), estimate(paths, [r + shift for r in rewards], **options)
-    if options['reject_flat_subgroups'] and len(set(r + shift for r in rewards)) != len(set(rewards)):
+    if options['reject_flat_subgroups'] and len({r + shift for r in rewards}) != len(set(rewards)):
         return  # the shift rounded two rewards into one
     for path, x, y in zip(paths, a, b, strict=True):
         if sizes[path[0]] > 1:
@@ -99,7 +96,7 @@ def test_adding_a_constant_to_rewards_changes_nothing_where_a_baseline_exists(fo
 def test_rewards_all_alike_give_zeros(forest, options):
     paths, _ = build(forest)
     sizes = {tree: sum(p[0] == tree for p in paths) for tree in {p[0] for p in paths}}
-    values = estimate(paths, [.3] * len(paths), **options)
+    values = estimate(paths, [0.3] * len(paths), **options)
     assert all(math.isclose(v, 0, abs_tol=1e-12) for p, v in zip(paths, values) if sizes[p[0]] > 1)
 
 
@@ -125,7 +122,7 @@ def test_users_register_their_own():
 
 
 def test_whitening_weighs_by_loss_tokens():
-    values, lengths = [1.0, -1.0, .5], [3, 1, 4]
+    values, lengths = [1.0, -1.0, 0.5], [3, 1, 4]
     tokens = [v for v, n in zip(values, lengths) for _ in range(n)]
     mean, std = statistics.mean(tokens), math.sqrt(statistics.variance(tokens) + 1e-8)
     assert whiten(values, lengths) == pytest.approx([(v - mean) / std for v in values])
@@ -133,7 +130,7 @@ def test_whitening_weighs_by_loss_tokens():
 
 
 def test_whitening_of_degenerate_batches():
-    assert whiten([.2, .2], [5, 3]) == pytest.approx([0, 0], abs=1e-9)
+    assert whiten([0.2, 0.2], [5, 3]) == pytest.approx([0, 0], abs=1e-9)
     assert whiten([1.0, 2.0], [0, 0]) == [0.0, 0.0]
     assert whiten([9.0, 1.0, -1.0], [0, 2, 2])[0] == 0.0
     assert whiten([3.0], [1]) == [0.0]
@@ -142,5 +139,5 @@ def test_whitening_of_degenerate_batches():
 def test_large_batches_do_not_recurse_or_blow_up():
     rng = random.Random(0)
     paths = [[i // 16, *((i // 16, depth, rng.randrange(2 + depth)) for depth in range(14))] for i in range(3200)]
-    rewards = [float(rng.random() < .5) for _ in paths]
+    rewards = [float(rng.random() < 0.5) for _ in paths]
     assert len(estimate(paths, rewards)) == 3200

@@ -27,51 +27,38 @@ def test_a_config_survives_json_and_yaml():
     assert TreeConfig.from_dict(yaml.safe_load(config.to_yaml())) == config
 
 
-@pytest.mark.parametrize('environ, message', [
-    ({
-        'TREEPO_SEGMENTLENGTH': '64'
-    }, "environment variable TREEPO_SEGMENTLENGTH: unknown key 'segmentlength'"),
-    ({
-        'TREEPO_SEGMENT_LENGTH': '0'
-    }, 'TREEPO_SEGMENT_LENGTH: segment_length=0: must be an integer of at least 1'),
-    ({
-        'TREEPO_SEGMENT_LENGTH': '6.5'
-    }, 'segment_length=6.5: must be an integer'),
-    ({
-        'TREEPO_MAX_DEPTH': 'true'
-    }, 'max_depth=True: must be an integer of at least 1'),
-    ({
-        'TREEPO_STOP_AT_REPETITION': '1'
-    }, 'stop_at_repetition=1: must be true or false'),
-    ({
-        'TREEPO_ROOT_DIVERGENCE': '[3, 2]'
-    }, r'root_divergence=\[3, 2\]: must be an integer of at least 1, or a pair'),
-    ({
-        'TREEPO_WEIGHTING': 'max'
-    }, "weighting='max': must be 'average' or 'size'"),
-    ({
-        'TREEPO_MAX_FAILURE_FRACTION': '1.5'
-    }, 'must be a number of at least 0 and at most 1'),
-    ({
-        'TREEPO_HOOK_TIMEOUT': '.nan'
-    }, 'hook_timeout=nan'),
-    ({
-        'TREEPO_SEED': '{'
-    }, 'can not be read as a YAML value'),
-    ({
-        'TREEPO_CONFIG': '/no/such/file.yaml'
-    }, 'is not a file'),
-])
+@pytest.mark.parametrize(
+    'environ, message',
+    [
+        ({'TREEPO_SEGMENTLENGTH': '64'}, "environment variable TREEPO_SEGMENTLENGTH: unknown key 'segmentlength'"),
+        ({'TREEPO_SEGMENT_LENGTH': '0'}, 'TREEPO_SEGMENT_LENGTH: segment_length=0: must be an integer of at least 1'),
+        ({'TREEPO_SEGMENT_LENGTH': '6.5'}, 'segment_length=6.5: must be an integer'),
+        ({'TREEPO_MAX_DEPTH': 'true'}, 'max_depth=True: must be an integer of at least 1'),
+        ({'TREEPO_STOP_AT_REPETITION': '1'}, 'stop_at_repetition=1: must be true or false'),
+        (
+            {'TREEPO_ROOT_DIVERGENCE': '[3, 2]'},
+            r'root_divergence=\[3, 2\]: must be an integer of at least 1, or a pair',
+        ),
+        ({'TREEPO_WEIGHTING': 'max'}, "weighting='max': must be 'average' or 'size'"),
+        ({'TREEPO_MAX_FAILURE_FRACTION': '1.5'}, 'must be a number of at least 0 and at most 1'),
+        ({'TREEPO_HOOK_TIMEOUT': '.nan'}, 'hook_timeout=nan'),
+        ({'TREEPO_SEED': '{'}, 'can not be read as a YAML value'),
+        ({'TREEPO_CONFIG': '/no/such/file.yaml'}, 'is not a file'),
+    ],
+)
 def test_bad_settings_are_refused_by_name(environ, message):
     with pytest.raises(ConfigError, match=message):
         TreeConfig.load(environ)
 
 
-@pytest.mark.parametrize('text, message', [
-    ('segment_lenght: 3', "tree.yaml .*: unknown key 'segment_lenght'. Allowed are: segment_length"),
-    ('- a', 'must hold "key: value" lines'),
-    ('a: [', 'is not valid YAML'),
-])
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('segment_lenght: 3', "tree.yaml .*: unknown key 'segment_lenght'. Allowed are: segment_length"),
+        ('- a', 'must hold "key: value" lines'),
+        ('a: [', 'is not valid YAML'),
+    ],
+)
 def test_bad_files_are_refused(tmp_path, text, message):
     path = tmp_path / 'tree.yaml'
     path.write_text(text)
@@ -95,6 +82,7 @@ def test_every_field_has_documentation_and_reference_is_current():
     from pathlib import Path
 
     from treepo_swift.config import reference
+
     assert all(field.metadata['doc'] for field in dataclasses.fields(TreeConfig))
     page = Path(__file__).parents[2] / 'docs' / 'configuration.md'
     assert reference() in page.read_text(), 'run: treepo-swift config --reference, and paste it into the page'

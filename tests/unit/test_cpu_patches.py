@@ -1,4 +1,5 @@
-"""The patches of `treepo_swift.cpu`: targets exist, a missing one is an error, an accelerator makes them inert."""
+"""The CPU patches: targets exist, a missing one is an error, an accelerator makes them inert."""
+
 import importlib
 import os
 import subprocess
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from treepo_swift import cpu
+from treepo_swift.compat import cpu
 
 torch = pytest.importorskip('torch')
 
@@ -60,8 +61,10 @@ def current() -> list[Any]:
 
 
 def test_import_is_light() -> None:
-    code = ('import sys, treepo_swift.cpu; '
-            'print([name for name in ("torch", "vllm", "swift", "numpy") if name in sys.modules])')
+    code = (
+        'import sys, treepo_swift.compat.cpu; '
+        'print([name for name in ("torch", "vllm", "swift", "numpy") if name in sys.modules])'
+    )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == '[]'
 
@@ -78,8 +81,9 @@ def test_every_target_exists_and_is_patched_once(keep: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(('patch', 'owner', 'name'), TARGETS, ids=IDS)
-def test_a_missing_target_is_an_error(keep: pytest.MonkeyPatch, patch: Callable[[], None], owner: str,
-                                      name: str) -> None:
+def test_a_missing_target_is_an_error(
+    keep: pytest.MonkeyPatch, patch: Callable[[], None], owner: str, name: str
+) -> None:
     keep.delattr(owner_of(owner), name)
     with pytest.raises(RuntimeError) as caught:
         patch()
@@ -171,6 +175,7 @@ def test_weights_reach_every_rank(keep: pytest.MonkeyPatch, world_size: int) -> 
     communicator_class = owner_of('vllm.distributed.device_communicators.pynccl:PyNcclCommunicator')
     from vllm.distributed.utils import StatelessProcessGroup
     from vllm.utils.network_utils import get_open_port
+
     port, src = get_open_port(), world_size - 1
 
     def connect(rank: int) -> Any:
@@ -193,7 +198,16 @@ def test_weights_reach_every_rank(keep: pytest.MonkeyPatch, world_size: int) -> 
         assert all(torch.equal(got, sent) for got, sent in zip(tensors, weights(), strict=True))
 
 
-@pytest.mark.parametrize(('host', 'expected'), [('127.0.0.1', True), ('::1', True), ('localhost', True),
-                                                ('0.0.0.0', False), ('10.0.0.7', False), ('node7', False)])
+@pytest.mark.parametrize(
+    ('host', 'expected'),
+    [
+        ('127.0.0.1', True),
+        ('::1', True),
+        ('localhost', True),
+        ('0.0.0.0', False),
+        ('10.0.0.7', False),
+        ('node7', False),
+    ],
+)
 def test_only_a_loopback_address_keeps_gloo_local(host: str, expected: bool) -> None:
     assert cpu._is_loopback(host) is expected

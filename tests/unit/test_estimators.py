@@ -1,4 +1,5 @@
 """Golden values and laws of every advantage estimator and normalisation."""
+
 from __future__ import annotations
 
 import math
@@ -11,8 +12,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from treepo_swift.advantage import (check_estimator, estimate, estimate_segments, is_segment_level, normalise,
-                                    register_advantage, whiten)
+from treepo_swift.advantage import (
+    check_estimator,
+    estimate,
+    estimate_segments,
+    is_segment_level,
+    normalise,
+    register_advantage,
+    whiten,
+)
 
 TRAJECTORY_LEVEL = ['treepo', 'grpo', 'rloo', 'reinforce_plus_plus']
 SEGMENT_LEVEL = ['progress', 'spo', 'treerl']
@@ -50,22 +58,35 @@ def z(distance):
     return distance / 2 / (distance * Z + EPS)
 
 
-@pytest.mark.parametrize('estimator, expected', [
-    ('treepo', [(.5 + 2 / 3 + .5) / 3, (-.5 - 1 / 3 - .5) / 3, (-.5 - 1 / 3) / 2, .5]),
-    ('grpo', [g / (math.sqrt(1 / 3) + EPS) for g in (.5, -.5, -.5, .5)]),
-    ('rloo', [2 / 3, -2 / 3, -2 / 3, 2 / 3]),
-    ('reinforce_plus_plus', [.5, -.5, -.5, .5]),
-])
+@pytest.mark.parametrize(
+    'estimator, expected',
+    [
+        ('treepo', [(0.5 + 2 / 3 + 0.5) / 3, (-0.5 - 1 / 3 - 0.5) / 3, (-0.5 - 1 / 3) / 2, 0.5]),
+        ('grpo', [g / (math.sqrt(1 / 3) + EPS) for g in (0.5, -0.5, -0.5, 0.5)]),
+        ('rloo', [2 / 3, -2 / 3, -2 / 3, 2 / 3]),
+        ('reinforce_plus_plus', [0.5, -0.5, -0.5, 0.5]),
+    ],
+)
 def test_golden_values_of_trajectories(estimator, expected):
     assert estimate(PATHS, REWARDS, estimator=estimator) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize('estimator, expected', [
-    ('progress', [[-1 / 6, 1 / 6, .5], [-1 / 6, 1 / 6, -.5], [-1 / 6, -1 / 3], [.5, 0]]),
-    ('spo', [[-z(2 / 3), z(.5), z(1)], [-z(2 / 3), z(.5), -z(1)], [-z(2 / 3), -z(.5)], [z(2 / 3), 0]]),
-    ('treerl', [[-1 / 3 / math.sqrt(3), 1 / 6 / math.sqrt(2), 1.0], [-1 / 3 / math.sqrt(3), 1 / 6 / math.sqrt(2), -1.0],
-                [-1 / 3 / math.sqrt(3), -.5 - 1 / 3], [1.0, .5]]),
-])
+@pytest.mark.parametrize(
+    'estimator, expected',
+    [
+        ('progress', [[-1 / 6, 1 / 6, 0.5], [-1 / 6, 1 / 6, -0.5], [-1 / 6, -1 / 3], [0.5, 0]]),
+        ('spo', [[-z(2 / 3), z(0.5), z(1)], [-z(2 / 3), z(0.5), -z(1)], [-z(2 / 3), -z(0.5)], [z(2 / 3), 0]]),
+        (
+            'treerl',
+            [
+                [-1 / 3 / math.sqrt(3), 1 / 6 / math.sqrt(2), 1.0],
+                [-1 / 3 / math.sqrt(3), 1 / 6 / math.sqrt(2), -1.0],
+                [-1 / 3 / math.sqrt(3), -0.5 - 1 / 3],
+                [1.0, 0.5],
+            ],
+        ),
+    ],
+)
 def test_golden_values_of_segments(estimator, expected):
     for mine, theirs in zip(estimate_segments(PATHS, REWARDS, estimator=estimator), expected, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-12)
@@ -73,22 +94,22 @@ def test_golden_values_of_segments(estimator, expected):
 
 def test_spo_of_three_siblings_counts_each_once():
     paths = [['u', 1, 4], ['u', 1, 5], ['u', 2], ['u', 3]]
-    values = [.75, 0.0, .3]  # 1 is the mean of .5 and 1
+    values = [0.75, 0.0, 0.3]  # 1 is the mean of .5 and 1
     mean, std = statistics.mean(values), statistics.stdev(values)
-    result = estimate_segments(paths, [.5, 1.0, 0.0, .3], estimator='spo')
+    result = estimate_segments(paths, [0.5, 1.0, 0.0, 0.3], estimator='spo')
     assert [result[i][0] for i in (0, 2, 3)] == pytest.approx([(v - mean) / (std + EPS) for v in values])
     assert result[0][0] == result[1][0]
 
 
 def test_the_same_id_under_two_parents_is_two_nodes():
-    assert estimate_segments([['u', 1, 3], ['u', 2, 3]], [1.0, 0.0]) == [[.5, 0], [-.5, 0]]
+    assert estimate_segments([['u', 1, 3], ['u', 2, 3]], [1.0, 0.0]) == [[0.5, 0], [-0.5, 0]]
 
 
 @pytest.mark.parametrize('estimator', ESTIMATORS)
 def test_a_tree_of_one_trajectory(estimator):
-    reward = .7 if estimator == 'treepo' else 0.0
-    assert values_of(estimator, [['u', 1, 2]], [.7]) == [[reward, reward]]
-    assert values_of(estimator, [['u']], [.7]) == [[]]
+    reward = 0.7 if estimator == 'treepo' else 0.0
+    assert values_of(estimator, [['u', 1, 2]], [0.7]) == [[reward, reward]]
+    assert values_of(estimator, [['u']], [0.7]) == [[]]
     for how in NORMALISATIONS[:2]:
         assert normalise([reward, reward], [4, 4], ['u', 'u'], how=how) == [0.0, 0.0]
 
@@ -124,11 +145,14 @@ def test_users_register_segment_estimators():
     assert estimate_segments(PATHS, REWARDS, estimator='test_depth')[2] == [0, 1]
 
 
-@pytest.mark.parametrize('name, level, result, message', [
-    ('test_short', 'trajectory', [1.0], "'test_short' returned 1 results for 4 paths"),
-    ('test_lists', 'segment', [[1.0]] * 4, r"'test_lists' returned 1 values for paths\[0\], which has 3 nodes"),
-    ('test_nan', 'trajectory', [math.nan] * 4, "'test_nan' returned a value that is not finite"),
-])
+@pytest.mark.parametrize(
+    'name, level, result, message',
+    [
+        ('test_short', 'trajectory', [1.0], "'test_short' returned 1 results for 4 paths"),
+        ('test_lists', 'segment', [[1.0]] * 4, r"'test_lists' returned 1 values for paths\[0\], which has 3 nodes"),
+        ('test_nan', 'trajectory', [math.nan] * 4, "'test_nan' returned a value that is not finite"),
+    ],
+)
 def test_a_result_that_does_not_fit_names_its_estimator(name, level, result, message):
     register_advantage(name, level=level)(lambda paths, rewards, **options: result)
     with pytest.raises(ValueError, match=message):
@@ -144,12 +168,14 @@ def test_a_reward_that_is_not_finite_is_named(reward):
 
 # Laws.
 
-OPTIONS = st.fixed_dictionaries({
-    'weighting': st.sampled_from(['average', 'size']),
-    'reject_flat_subgroups': st.booleans(),
-    'include_root': st.booleans(),
-    'count_chains': st.sampled_from(['per_depth', 'per_fork'])
-})
+OPTIONS = st.fixed_dictionaries(
+    {
+        'weighting': st.sampled_from(['average', 'size']),
+        'reject_flat_subgroups': st.booleans(),
+        'include_root': st.booleans(),
+        'count_chains': st.sampled_from(['per_depth', 'per_fork']),
+    }
+)
 REWARD = st.integers(0, 4).map(lambda n: n / 4)
 LAW = settings(max_examples=60, deadline=None)
 
@@ -161,7 +187,9 @@ def forests(max_size=24, trees=3, reward=REWARD):
 
 
 def build(forest):
-    return [[tree, *(steps[:k + 1] for k in range(len(steps)))] for steps, _, tree in forest], [r for _, r, _ in forest]
+    return [[tree, *(steps[: k + 1] for k in range(len(steps)))] for steps, _, tree in forest], [
+        r for _, r, _ in forest
+    ]
 
 
 def has_baseline(estimator, paths):
@@ -171,7 +199,7 @@ def has_baseline(estimator, paths):
 
 
 @pytest.mark.parametrize('estimator', ESTIMATORS)
-@given(forest=forests(), options=OPTIONS, shift=st.sampled_from([-3.0, .5, 64.0]))
+@given(forest=forests(), options=OPTIONS, shift=st.sampled_from([-3.0, 0.5, 64.0]))
 @LAW
 def test_adding_a_constant_to_all_rewards_changes_nothing(estimator, forest, options, shift):
     paths, rewards = build(forest)
@@ -190,8 +218,9 @@ def test_order_of_trajectories_and_names_of_nodes_change_nothing(estimator, fore
     order = rng.sample(range(len(paths)), len(paths))
     names = {node: f'node {i}' for i, node in enumerate({node for path in paths for node in path})}
     before = values_of(estimator, paths, rewards, **options)
-    after = values_of(estimator, [[names[node] for node in paths[i]] for i in order], [rewards[i] for i in order],
-                      **options)
+    after = values_of(
+        estimator, [[names[node] for node in paths[i]] for i in order], [rewards[i] for i in order], **options
+    )
     for i, values in zip(order, after, strict=True):
         assert values == pytest.approx(before[i], abs=1e-9)
 
@@ -210,7 +239,7 @@ def test_a_gathered_batch_equals_each_tree_alone(estimator, forest, options):
 
 
 @pytest.mark.parametrize('estimator', ESTIMATORS)
-@given(forest=forests(), options=OPTIONS, reward=st.sampled_from([0.0, .3, -1.1, 1e6 + .1]))
+@given(forest=forests(), options=OPTIONS, reward=st.sampled_from([0.0, 0.3, -1.1, 1e6 + 0.1]))
 @LAW
 def test_a_flat_batch_gives_zeros(estimator, forest, options, reward):
     paths, _ = build(forest)
@@ -249,14 +278,16 @@ def test_treepo_equals_its_definition(forest, options):
     paths, rewards = build(forest)
 
     def group(path, depth):
-        return [r for p, r in zip(paths, rewards) if p[:depth + 1] == path[:depth + 1]]
+        return [r for p, r in zip(paths, rewards) if p[: depth + 1] == path[: depth + 1]]
 
     expected = []
     for path, reward in zip(paths, rewards):
         groups = [group(path, depth) for depth in range(len(path))]
         used = [
-            g for above, g in zip(groups, groups[1:])
-            if len(g) > 1 and not (options['reject_flat_subgroups'] and len(set(g)) == 1)
+            g
+            for above, g in zip(groups, groups[1:])
+            if len(g) > 1
+            and not (options['reject_flat_subgroups'] and len(set(g)) == 1)
             and not (options['count_chains'] == 'per_fork' and len(g) == len(above))
         ]
         if options['include_root'] or not used:
@@ -271,7 +302,7 @@ def test_treepo_equals_its_definition(forest, options):
 
 
 def test_group_divides_by_the_sample_std_of_each_tree():
-    values, trees = [1.0, -1.0, .5, 3.0, 1.0], ['a', 'a', 'a', 'b', 'b']
+    values, trees = [1.0, -1.0, 0.5, 3.0, 1.0], ['a', 'a', 'a', 'b', 'b']
     stds = {'a': statistics.stdev(values[:3]), 'b': statistics.stdev(values[3:])}
     expected = [v / (stds[t] + 1e-8) for v, t in zip(values, trees)]
     assert normalise(values, [9, 1, 4, 2, 2], trees, how='group') == pytest.approx(expected)
@@ -279,22 +310,22 @@ def test_group_divides_by_the_sample_std_of_each_tree():
 
 @pytest.mark.parametrize('how', NORMALISATIONS)
 def test_values_without_loss_tokens_get_zero_and_move_nothing(how):
-    values, lengths, trees = [1.0, -1.0, .5], [2, 3, 4], ['a', 'a', 'b']
+    values, lengths, trees = [1.0, -1.0, 0.5], [2, 3, 4], ['a', 'a', 'b']
     alone = normalise(values, lengths, trees, how=how)
     with_empty = normalise([*values, 100.0, -7.0], [*lengths, 0, 0], [*trees, 'a', 'c'], how=how)
     assert with_empty == pytest.approx([*alone, 0, 0])
 
 
 def test_group_of_a_tree_without_contrast_is_zero():
-    assert normalise([.7, .7 + 1e-15, 5.0], [1, 1, 1], ['a', 'a', 'b'], how='group') == [0.0, 0.0, 0.0]
+    assert normalise([0.7, 0.7 + 1e-15, 5.0], [1, 1, 1], ['a', 'a', 'b'], how='group') == [0.0, 0.0, 0.0]
 
 
 def test_whiten_and_none():
-    values, lengths, trees = [1.0, -1.0, .5], [3, 1, 4], ['a', 'a', 'b']
+    values, lengths, trees = [1.0, -1.0, 0.5], [3, 1, 4], ['a', 'a', 'b']
     for shift_mean in (True, False):
-        assert normalise(
-            values, lengths, trees, how='whiten', shift_mean=shift_mean) == whiten(
-                values, lengths, shift_mean=shift_mean)
+        assert normalise(values, lengths, trees, how='whiten', shift_mean=shift_mean) == whiten(
+            values, lengths, shift_mean=shift_mean
+        )
     assert normalise(values, lengths, trees, how='none') == values
 
 

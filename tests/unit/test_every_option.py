@@ -1,17 +1,19 @@
 """No option is read by nobody: each field of `TreeConfig` changes what its owner does."""
+
 from __future__ import annotations
 
 import dataclasses
 import random
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from tests.builders import EOS, grow, make_search, segment_of
 from treepo_swift.advantage import estimate, normalise
 from treepo_swift.config import TreeConfig
-from treepo_swift.search import SegmentRequest
-from treepo_swift.tree import StopReason, response_ids
+from treepo_swift.core.search import SegmentRequest
+from treepo_swift.core.tree import StopReason, response_ids
 
 BASE = TreeConfig(segment_length=16, max_depth=5, fallback_block=5)
 WIDTH = 12
@@ -23,68 +25,27 @@ TREE_FIELDS: dict[str, tuple[dict[str, Any], Any]] = {
     'divergence': ({}, 3),
     'root_divergence': ({}, (3, 6)),
     'branching': ({}, 'logprob'),
-    'branch_score': ({
-        'branching': 'logprob'
-    }, 'sum'),
-    'branch_favour': ({
-        'branching': 'entropy',
-        'branch_temperature': 0.1
-    }, 'high'),
-    'branch_temperature': ({
-        'branching': 'logprob'
-    }, 0.01),
-    'branch_schedule': ({
-        'branching': 'logprob',
-        'branch_temperature': (50.0, 0.01)
-    }, 'sinusoid'),
+    'branch_score': ({'branching': 'logprob'}, 'sum'),
+    'branch_favour': ({'branching': 'entropy', 'branch_temperature': 0.1}, 'high'),
+    'branch_temperature': ({'branching': 'logprob'}, 0.01),
+    'branch_schedule': ({'branching': 'logprob', 'branch_temperature': (50.0, 0.01)}, 'sinusoid'),
     'pacing': ({}, 'even'),
-    'budget': ({
-        'budget_tokens': 120,
-        'budget': 'by_segment_tokens'
-    }, 'by_trajectory_tokens'),
-    'budget_tokens': ({
-        'budget': 'by_trajectory_tokens',
-        'budget_tokens': 200
-    }, 90),
+    'budget': ({'budget_tokens': 120, 'budget': 'by_segment_tokens'}, 'by_trajectory_tokens'),
+    'budget_tokens': ({'budget': 'by_trajectory_tokens', 'budget_tokens': 200}, 90),
     'fallback': ({}, 'random_token'),
-    'fallback_candidates': ({
-        'max_depth': 3
-    }, 'any'),
-    'fallback_window': ({
-        'fallback': 'random_token'
-    }, 1),
-    'fallback_block': ({
-        'fallback': 'random_block'
-    }, 3),
-    'fallback_favour': ({
-        'fallback': 'logprob_block'
-    }, 'high'),
-    'fallback_start': ({
-        'divergence': 1
-    }, 'early'),
-    'fallback_fill': ({
-        'fallback': 'none'
-    }, 'root'),
+    'fallback_candidates': ({'max_depth': 3}, 'any'),
+    'fallback_window': ({'fallback': 'random_token'}, 1),
+    'fallback_block': ({'fallback': 'random_block'}, 3),
+    'fallback_favour': ({'fallback': 'logprob_block'}, 'high'),
+    'fallback_start': ({'divergence': 1}, 'early'),
+    'fallback_fill': ({'fallback': 'none'}, 'root'),
     'answer': ({}, 'tags'),
-    'answer_tags': ({
-        'answer': 'tags'
-    }, ('b', 'y')),
+    'answer_tags': ({'answer': 'tags'}, ('b', 'y')),
     'answer_needs_eos': ({}, True),
-    'stop_at_repetition': ({
-        'repetition_length': 2,
-        'repetition_count': 2
-    }, False),
-    'repetition_length': ({
-        'repetition_length': 8,
-        'repetition_count': 2
-    }, 2),
-    'repetition_count': ({
-        'repetition_length': 2,
-        'repetition_count': 4
-    }, 2),
-    'stop_order': ({
-        'max_depth': 2
-    }, ('depth_limit', )),
+    'stop_at_repetition': ({'repetition_length': 2, 'repetition_count': 2}, False),
+    'repetition_length': ({'repetition_length': 8, 'repetition_count': 2}, 2),
+    'repetition_count': ({'repetition_length': 2, 'repetition_count': 4}, 2),
+    'stop_order': ({'max_depth': 2}, ('depth_limit',)),
 }
 ADVANTAGE_FIELDS: dict[str, tuple[dict[str, Any], Any]] = {
     'estimator': ({}, 'rloo'),
@@ -93,9 +54,7 @@ ADVANTAGE_FIELDS: dict[str, tuple[dict[str, Any], Any]] = {
     'include_root': ({}, False),
     'count_chains': ({}, 'per_fork'),
     'normalisation': ({}, 'group'),
-    'whiten_shift_mean': ({
-        'estimator': 'treepo'
-    }, False),
+    'whiten_shift_mean': ({'estimator': 'treepo'}, False),
 }
 ELSEWHERE = {
     'schedule': 'tests/unit/test_search.py::test_stream_and_lockstep_grow_the_same_tree',
@@ -121,8 +80,8 @@ def speak(request: SegmentRequest):
     while len(ids) < request.max_tokens:
         ids += list(dice.choice([b'a', b'b', b'y', b'\\boxed{1}', b'<answer>u</answer>', b'abab', b'q', b'z']))
         if dice.random() < 0.1:
-            return segment_of([*ids[:request.max_tokens - 1], EOS], StopReason.EOS)
-    return segment_of(ids[:request.max_tokens])
+            return segment_of([*ids[: request.max_tokens - 1], EOS], StopReason.EOS)
+    return segment_of(ids[: request.max_tokens])
 
 
 def trees(config: TreeConfig) -> list[list[tuple]]:
@@ -136,8 +95,16 @@ def trees(config: TreeConfig) -> list[list[tuple]]:
 
 
 def advantages(config: TreeConfig) -> list[float]:
-    paths = [['u', 1, 2, 3, 4], ['u', 1, 2, 3, 5], ['u', 1, 2, 6, 7], ['u', 8, 9], ['u', 8, 10], ['u', 11], ['v', 1],
-             ['v', 2]]
+    paths = [
+        ['u', 1, 2, 3, 4],
+        ['u', 1, 2, 3, 5],
+        ['u', 1, 2, 6, 7],
+        ['u', 8, 9],
+        ['u', 8, 10],
+        ['u', 11],
+        ['v', 1],
+        ['v', 2],
+    ]
     rewards, lengths = [1, 0, 1, 0, 0, 1, 0, 1], [10, 20, 30, 40, 5, 6, 7, 8]
     raw = estimate(
         paths,
@@ -146,9 +113,11 @@ def advantages(config: TreeConfig) -> list[float]:
         weighting=config.weighting,
         reject_flat_subgroups=config.reject_flat_subgroups,
         include_root=config.include_root,
-        count_chains=config.count_chains)
+        count_chains=config.count_chains,
+    )
     return normalise(
-        raw, lengths, [path[0] for path in paths], how=config.normalisation, shift_mean=config.whiten_shift_mean)
+        raw, lengths, [path[0] for path in paths], how=config.normalisation, shift_mean=config.whiten_shift_mean
+    )
 
 
 def test_every_field_is_covered():

@@ -1,4 +1,5 @@
 """The examples' tasks: what they demonstrate is consistent, unseen where it must be, and tokenized as ms-swift does."""
+
 from __future__ import annotations
 
 import asyncio
@@ -70,8 +71,9 @@ def test_nothing_held_out_is_pretrained_or_trained(task: ModuleType) -> None:
     assert task.__name__ == 'number_game_task' or not seen['pretrain'] & seen['train']
 
 
-def test_the_dataset_has_what_swift_needs_and_no_prompt_twice(task: ModuleType, tmp_path: Path,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dataset_has_what_swift_needs_and_no_prompt_twice(
+    task: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, 'argv', ['task', '--output', str(tmp_path), '--train', '60', '--heldout', '20'])
     task.main()
     rows = [json.loads(line) for line in (tmp_path / 'train.jsonl').read_text().splitlines()]
@@ -85,6 +87,7 @@ def test_the_dataset_has_what_swift_needs_and_no_prompt_twice(task: ModuleType, 
 
 def test_the_last_turn_of_a_count_must_answer() -> None:
     import one_step_a_turn as task
+
     problem = task.Problem((9, 2, 8, 4, 1, 7), 'Add up the digits of 928417.')
     messages = [{'role': 'user', 'content': problem.prompt}]
     said = []
@@ -98,11 +101,23 @@ def test_the_last_turn_of_a_count_must_answer() -> None:
 # --- the number game ---
 
 
-@pytest.mark.parametrize(('text', 'guess'), [('My guess: 16.', 16), ('Not 3 but 7', 7), ('7 or 1234', 7), ('', None),
-                                             ('none', None), ('٣', None), ('9' * 100_000, None), ('-5', 5),
-                                             ('1 ' * 50_000, 1)])
+@pytest.mark.parametrize(
+    ('text', 'guess'),
+    [
+        ('My guess: 16.', 16),
+        ('Not 3 but 7', 7),
+        ('7 or 1234', 7),
+        ('', None),
+        ('none', None),
+        ('٣', None),
+        ('9' * 100_000, None),
+        ('-5', 5),
+        ('1 ' * 50_000, 1),
+    ],
+)
 def test_guesses_are_read_from_any_text(text: str, guess: int | None) -> None:
     import number_game_task
+
     assert number_game_task.read_guess(text) == guess
 
 
@@ -110,6 +125,7 @@ def game_for(number: int) -> Any:
     pytest.importorskip('swift')
     import number_game
     from swift.rollout.gym_env import envs
+
     config = {'name': 'number_game', 'number': number}
     env = envs['number_game'](config)
     assert isinstance(env, number_game.NumberGame)
@@ -124,6 +140,7 @@ def say(env: Any, text: str) -> tuple[str, float, bool, dict[str, Any]]:
 def test_the_environment_plays_the_demonstrations() -> None:
     pytest.importorskip('swift')
     import number_game_task as task
+
     for game, messages in demonstrations(task, 100):
         env = game_for(game.number)
         for turn in range(1, len(messages), 2):
@@ -159,8 +176,9 @@ def test_a_game_needs_a_number_from_its_row_or_its_config() -> None:
 
 def test_a_calls_result_is_in_its_world() -> None:
     import tool_task as task
+
     for question in task.distinct_problems('train', 50, 0):
-        key, = task.tools()[question.tool].parameters['required']
+        (key,) = task.tools()[question.tool].parameters['required']
         call = json.dumps({'name': question.tool, 'arguments': {key: question.argument}})
         said = {'role': 'assistant', 'content': f'<tool_call>\n{call}\n</tool_call>'}
         result = task.reply([said], question)
@@ -175,6 +193,7 @@ def test_tokens_are_those_of_swift(task: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip('swift')
     pytest.importorskip('torch')
     from pretraining import Task, check_tokens, make_model, make_tokenizer
+
     wrapped = Task(task)
     tokenizer = make_tokenizer(wrapped, 0)
     tokenizer.save_pretrained(tmp_path)
@@ -190,6 +209,7 @@ def test_tokens_are_those_of_swift(task: ModuleType, tmp_path: Path) -> None:
 def test_only_what_the_assistant_says_carries_loss(task: ModuleType) -> None:
     pytest.importorskip('torch')
     from pretraining import EOS, IGNORED, Task, encode, make_tokenizer
+
     wrapped = Task(task)
     tokenizer = make_tokenizer(wrapped, 0)
     for messages, tools in islice(wrapped.conversations(0), 20):

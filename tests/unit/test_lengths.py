@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treepo_swift.lengths import LengthDistribution
+from treepo_swift.lab.lengths import LengthDistribution
 
 
 @given(st.lists(st.integers(1, 50), min_size=1), st.integers(0, 60), st.integers(0, 100))

@@ -1,4 +1,5 @@
 """What the package promises as a whole: light imports, clear version errors, no stray files."""
+
 from __future__ import annotations
 
 import subprocess
@@ -6,17 +7,26 @@ import sys
 
 import pytest
 
-from treepo_swift import versions
-from treepo_swift.grouping import group_requests
-from treepo_swift.metrics import tree_metrics
-from treepo_swift.transport import RequestNote
-from treepo_swift.weight_sync import WeightSyncError, WeightSyncProof
+from treepo_swift.compat import versions
+from treepo_swift.core.tree import StopReason, TreeStats
+from treepo_swift.server.grouping import group_requests
+from treepo_swift.trainer.metrics import tree_metrics
+from treepo_swift.trainer.weight_sync import WeightSyncError, WeightSyncProof
+from treepo_swift.wire.note import RequestNote
+from treepo_swift.wire.report import BatchReport, TreeReport
 
 
-@pytest.mark.parametrize('module', [
-    'treepo_swift', 'treepo_swift.search', 'treepo_swift.advantage', 'treepo_swift.config',
-    'treepo_swift.policies.stopping', 'treepo_swift.cli.main'
-])
+@pytest.mark.parametrize(
+    'module',
+    [
+        'treepo_swift',
+        'treepo_swift.core.search',
+        'treepo_swift.advantage',
+        'treepo_swift.config',
+        'treepo_swift.core.policies.stopping',
+        'treepo_swift.cli.main',
+    ],
+)
 def test_the_core_imports_no_torch_vllm_or_swift(module):
     code = f'import sys, {module}; print([m for m in ("torch", "vllm", "swift", "transformers") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n'
@@ -36,7 +46,7 @@ def test_missing_and_untested_versions_are_named(monkeypatch):
 def test_groups_keep_order_and_split_at_num_generations():
     groups = group_requests(['a', 'b', 'a', 'a', 'b', 'a'], [2] * 6)
     assert [(g.key, g.copy, g.members) for g in groups] == [('a', 0, (0, 2)), ('a', 1, (3, 5)), ('b', 0, (1, 4))]
-    assert [g.members for g in group_requests(['a', 'b', 'a'], [None] * 3)] == [(0, 2), (1, )]
+    assert [g.members for g in group_requests(['a', 'b', 'a'], [None] * 3)] == [(0, 2), (1,)]
 
 
 def test_request_notes_survive_the_wire():
@@ -53,7 +63,7 @@ def test_weight_sync_is_proven_only_once_the_policy_has_moved():
     proof.check([-1.001, -2.001], [-1.0, -2.0], where='s')
     assert not proof.proven
     proof.check([-1.1, -2.1], [-1.1, -2.1], where='s')
-    assert proof.proven and proof.drift == pytest.approx(.1)
+    assert proof.proven and proof.drift == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize('server', [[-1.0, -2.0], [float('nan'), -2.1], [-1.1]])
@@ -65,58 +75,28 @@ def test_a_server_that_stays_behind_stops_the_run(server):
 
 
 def test_metrics_of_a_batch():
-    stats = {
-        'decoded_tokens': 60,
-        'trajectory_tokens': 100,
-        'engine_requests': 7,
-        'forks': 3,
-        'fallbacks': 1,
-        'failures': 0
-    }
+    stats = TreeStats(decoded_tokens=60, trajectory_tokens=100, engine_requests=7, forks=3, fallbacks=1)
+    batch = BatchReport(seconds=2.0, scheduler_cpu_seconds=0.1, hung_hooks=2)
     reports = [
-        {
-            'id': 't',
-            'nodes': [1, 2],
-            'depth': 2,
-            'stop': 'answer',
-            'stats': stats,
-            'batch': {
-                'seconds': 2.0,
-                'scheduler_cpu_seconds': .1
-            }
-        },
-        {
-            'id': 't',
-            'nodes': [1, 3],
-            'depth': 2,
-            'stop': 'eos'
-        },
-        {
-            'id': 't',
-            'nodes': [4],
-            'depth': 1,
-            'stop': 'depth_limit'
-        },
-        {
-            'id': 't',
-            'nodes': [],
-            'depth': 0,
-            'stop': 'failed'
-        },
+        TreeReport('t', [1, 2], [3, 2], StopReason.ANSWER, 2, stats=stats, batch=batch),
+        TreeReport('t', [1, 3], [3, 1], StopReason.EOS, 2),
+        TreeReport('t', [4], [2], StopReason.DEPTH_LIMIT, 1),
+        TreeReport('t', [], [], StopReason.FAILED, 0),
     ]
+    assert [TreeReport.from_dict(report.to_dict()) for report in reports] == reports
     metrics = tree_metrics(reports, [1.0, 1.0, 0.0, 0.0])
-    assert metrics['tree/saved_tokens'] == 40 and metrics['tree/saved_fraction'] == pytest.approx(.4)
-    assert metrics['tree/stop/answer'] == .25 and metrics['tree/depth'] == 1.25
+    assert metrics['tree/saved_tokens'] == 40 and metrics['tree/saved_fraction'] == pytest.approx(0.4)
+    assert metrics['tree/stop/answer'] == 0.25 and metrics['tree/depth'] == 1.25
     assert metrics['tree/flat_trees'] == 0 and metrics['tree/flat_subgroups'] == 1
-    assert metrics['tree/scheduler_cpu_share'] == pytest.approx(.05)
+    assert metrics['tree/scheduler_cpu_share'] == pytest.approx(0.05) and metrics['tree/hung_hooks'] == 2
 
 
 def test_bench_times_every_estimator():
     # A process of its own: other tests register estimators too.
     def bench(*args: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, '-m', 'treepo_swift.cli.main', 'bench', *args],
-                              capture_output=True,
-                              text=True)
+        return subprocess.run(
+            [sys.executable, '-m', 'treepo_swift.cli.main', 'bench', *args], capture_output=True, text=True
+        )
 
     done = bench('--estimators', '--prompts', '8', '--width', '8', '--repeats', '1')
     assert done.returncode == 0, done.stderr

@@ -10,11 +10,18 @@ from hypothesis import strategies as st
 
 from tests.builders import grow, make_search
 from treepo_swift.config import TreeConfig
-from treepo_swift.policies.branching import (BranchContext, branching_policies, expected_saving, next_width,
-                                             paced_width, scheduled, share_out)
-from treepo_swift.policies.fallback import candidates, cut_context, cut_policies
-from treepo_swift.search import Segment
-from treepo_swift.tree import Path, StopReason, Tree, response_ids
+from treepo_swift.core.policies.branching import (
+    BranchContext,
+    branching_policies,
+    expected_saving,
+    next_width,
+    paced_width,
+    scheduled,
+    share_out,
+)
+from treepo_swift.core.policies.fallback import candidates, cut_context, cut_policies
+from treepo_swift.core.search import Segment
+from treepo_swift.core.tree import Path, StopReason, Tree, response_ids
 
 
 @given(st.integers(1, 20), st.integers(0, 40), st.integers(0, 10), st.integers(1, 64), st.integers(1, 4))
@@ -85,11 +92,11 @@ def test_a_temperature_schedule_moves_with_the_training():
     pair = {'branch_temperature': (100.0, 0.1)}
     assert shares('logprob', paths, 10, progress=0.0, **pair) == [5, 5]
     assert shares('logprob', paths, 10, progress=1.0, **pair) == [1, 9]
-    assert [scheduled((5.0, 1.0), 'linear', p) for p in (0, .5, 1, 2)] == [5, 3, 1, 1]
+    assert [scheduled((5.0, 1.0), 'linear', p) for p in (0, 0.5, 1, 2)] == [5, 3, 1, 1]
     assert scheduled((5.0, 1.0), 'cosine', 0.25) > 4 > scheduled((5.0, 1.0), 'sinusoid', 0.25)
     assert all(
-        math.isclose(scheduled((5.0, 1.0), name, end), 5 - 4 * end) for name in ('cosine', 'sinusoid')
-        for end in (0, 1))
+        math.isclose(scheduled((5.0, 1.0), name, end), 5 - 4 * end) for name in ('cosine', 'sinusoid') for end in (0, 1)
+    )
 
 
 def test_entropy_favours_uncertain_paths_and_needs_an_engine_that_tells():
@@ -127,16 +134,16 @@ def test_pacing_spreads_the_forks_and_says_what_it_saves():
     assert expected_saving(even, 16) == pytest.approx(1 - 126 / 224, abs=0.01)
 
 
-@pytest.mark.parametrize('config', [
-    TreeConfig(segment_length=4, max_depth=6),
-    TreeConfig(segment_length=4, max_depth=6, pacing='even'),
-    TreeConfig(segment_length=4, max_depth=6, pacing={
-        1: 1,
-        3: 5
-    }, root_divergence=4),
-    TreeConfig(segment_length=4, max_depth=6, divergence=3, root_divergence=1),
-    TreeConfig(segment_length=4, max_depth=3, divergence=1, root_divergence=3),
-])
+@pytest.mark.parametrize(
+    'config',
+    [
+        TreeConfig(segment_length=4, max_depth=6),
+        TreeConfig(segment_length=4, max_depth=6, pacing='even'),
+        TreeConfig(segment_length=4, max_depth=6, pacing={1: 1, 3: 5}, root_divergence=4),
+        TreeConfig(segment_length=4, max_depth=6, divergence=3, root_divergence=1),
+        TreeConfig(segment_length=4, max_depth=3, divergence=1, root_divergence=3),
+    ],
+)
 def test_the_expected_saving_is_what_full_length_paths_save(config):
     search = grow(make_search(config, 16), answer=lambda r: Segment([7] * r.max_tokens, [0.0] * r.max_tokens))
     stats = search.tree.stats
@@ -145,14 +152,14 @@ def test_the_expected_saving_is_what_full_length_paths_save(config):
 
 @given(
     st.lists(st.sampled_from(list(StopReason)), max_size=8),
-    st.sampled_from(['answer_or_eos', 'finished', 'best_reason_first', 'any']), st.integers(0, 50))
+    st.sampled_from(['answer_or_eos', 'finished', 'best_reason_first', 'any']),
+    st.integers(0, 50),
+)
 def test_candidates_are_those_that_the_config_names(reasons, which, seed):
     chosen = candidates(grown(reasons).trajectories, TreeConfig(fallback_candidates=which), random.Random(seed))
-    allowed = {
-        'answer_or_eos': {'answer', 'eos'},
-        'finished': {'answer', 'eos', 'stop_string', 'hook'}
-    }.get(which, {reason.value
-                  for reason in StopReason if not reason.is_placeholder})
+    allowed = {'answer_or_eos': {'answer', 'eos'}, 'finished': {'answer', 'eos', 'stop_string', 'hook'}}.get(
+        which, {reason.value for reason in StopReason if not reason.is_placeholder}
+    )
     assert sorted(chosen) == [i for i, reason in enumerate(reasons) if reason.value in allowed]
     if which == 'best_reason_first':
         ranks = [list(StopReason).index(reasons[i]) for i in chosen]
@@ -190,14 +197,14 @@ def test_windows_and_depths_bound_every_cut():
 
 def test_a_cut_inside_a_segment_splits_it():
     tree = Tree('t', [])
-    first = tree.add_node(tree.root, [1, 2, 3, 4], [-1.0, -2.0, -3.0, -4.0], [.1, .2, .3, .4])
+    first = tree.add_node(tree.root, [1, 2, 3, 4], [-1.0, -2.0, -3.0, -4.0], [0.1, 0.2, 0.3, 0.4])
     path, other = Path(tree.add_node(first, [5, 6], [0.0, 0.0])), Path(first)
     upper = tree.node_at(path, 1)
     assert tree.node_at(path, 4) is first and tree.node_at(path, 0) is tree.root
     assert response_ids(path.leaf) == [1, 2, 3, 4, 5, 6] and other.leaf.lineage() == [upper, first]
-    assert (list(upper.token_ids), list(upper.logprobs), upper.entropies) == ([1], [-1.0], [.1])
+    assert (list(upper.token_ids), list(upper.logprobs), upper.entropies) == ([1], [-1.0], [0.1])
     assert list(first.token_ids) == [2, 3, 4] and list(first.logprobs) == [-2.0, -3.0, -4.0]
-    assert first.entropies == [.2, .3, .4]
+    assert first.entropies == [0.2, 0.3, 0.4]
     assert upper.depth == first.depth == 1 and (upper.length, first.length) == (1, 4)
     for index, trajectory in enumerate((other, path)):
         tree.add_trajectory(trajectory, last=index == 1)

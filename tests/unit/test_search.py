@@ -1,4 +1,5 @@
 """Laws of the tree search, over random configurations, widths and engine outputs."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -12,10 +13,10 @@ from hypothesis import strategies as st
 
 from tests.builders import EOS, grow, make_search, sample, segment_of
 from treepo_swift.config import TreeConfig
-from treepo_swift.policies.branching import branching_policies
-from treepo_swift.policies.fallback import cut_policies
-from treepo_swift.search import Segment
-from treepo_swift.tree import Node, StopReason, response_ids, response_logprobs
+from treepo_swift.core.policies.branching import branching_policies
+from treepo_swift.core.policies.fallback import cut_policies
+from treepo_swift.core.search import Segment
+from treepo_swift.core.tree import Node, StopReason, response_ids, response_logprobs
 
 small = st.integers(1, 12)
 pairs = st.tuples(st.integers(1, 3), st.integers(3, 9))
@@ -30,10 +31,11 @@ def configs(draw) -> TreeConfig:
     pacing = draw(
         st.one_of(
             st.sampled_from(['eager', 'even']),
-            st.lists(
-                st.tuples(st.integers(1, 6), st.integers(1, 20)), min_size=1,
-                max_size=3).map(lambda steps: dict(zip(sorted({d
-                                                               for d, _ in steps}), sorted(w for _, w in steps))))))
+            st.lists(st.tuples(st.integers(1, 6), st.integers(1, 20)), min_size=1, max_size=3).map(
+                lambda steps: dict(zip(sorted({d for d, _ in steps}), sorted(w for _, w in steps)))
+            ),
+        )
+    )
     return TreeConfig(
         schedule=draw(st.sampled_from(['stream', 'lockstep'])),
         segment_length=segment_length,
@@ -57,7 +59,8 @@ def configs(draw) -> TreeConfig:
         fallback_fill=draw(st.sampled_from(['placeholder', 'root'])),
         answer=draw(st.sampled_from(['boxed', 'tags', 'none'])),
         answer_needs_eos=draw(st.booleans()),
-        stop_order=draw(st.sampled_from([(), ('repetition', ), ('depth_limit', 'eos')])))
+        stop_order=draw(st.sampled_from([(), ('repetition',), ('depth_limit', 'eos')])),
+    )
 
 
 configs = configs()
@@ -66,8 +69,10 @@ seeds = st.integers(0, 1000)
 
 
 def shape(search) -> list[tuple]:
-    return [(path.stop, tuple(response_ids(path.leaf)), tuple(n.id for n in path.leaf.lineage()))
-            for path in search.tree.trajectories]
+    return [
+        (path.stop, tuple(response_ids(path.leaf)), tuple(n.id for n in path.leaf.lineage()))
+        for path in search.tree.trajectories
+    ]
 
 
 @given(configs, widths, seeds, st.integers(1, 60), st.integers(5, 80))
@@ -80,8 +85,10 @@ def test_a_tree_has_exactly_w_trajectories_within_all_limits(config, width, seed
     for path in search.tree.trajectories:
         assert path.stop is not None and path.stop is not StopReason.FAILED
         if path.stop is StopReason.ABSENT:
-            assert config.budget == 'by_trajectory_tokens' or (config.fallback, config.fallback_fill) == ('none',
-                                                                                                          'placeholder')
+            assert config.budget == 'by_trajectory_tokens' or (config.fallback, config.fallback_fill) == (
+                'none',
+                'placeholder',
+            )
             continue
         assert 1 <= path.leaf.length <= min(max_response, max_context - 2)
         assert path.leaf.depth <= config.max_depth
@@ -284,7 +291,8 @@ def test_fallback_starts_from_prefixes_of_answers_or_else_from_the_root():
 
     cut = grow(
         make_search(TreeConfig(segment_length=4, max_depth=1, root_divergence=1), 5),
-        answer=lambda r: Segment([7] * r.max_tokens, [0.0] * r.max_tokens))
+        answer=lambda r: Segment([7] * r.max_tokens, [0.0] * r.max_tokens),
+    )
     assert [p.fallback_from for p in cut.tree.trajectories] == [None, -1, -1, -1, -1]
 
 
@@ -315,7 +323,7 @@ def test_an_overlong_prompt_asks_nothing_of_the_engine():
 def test_stop_reasons_have_a_fixed_precedence():
     config = TreeConfig(segment_length=4, max_depth=1)
     search = make_search(config, 1)
-    request, = search.start()
+    (request,) = search.start()
     search.extend(request.path_id, Segment([1, EOS], [0.0, 0.0], StopReason.EOS))
     assert search.stop_of(request.path_id, StopReason.ANSWER) is StopReason.ANSWER
     assert search.stop_of(request.path_id, StopReason.HOOK) is StopReason.EOS
@@ -325,7 +333,7 @@ def test_stop_reasons_have_a_fixed_precedence():
 def test_limits_are_told_apart():
     def stop(**kwargs):
         search = make_search(TreeConfig(segment_length=4, max_depth=2), 1, **kwargs)
-        answer = (lambda r: Segment([7] * r.max_tokens, [0.0] * r.max_tokens))
+        answer = lambda r: Segment([7] * r.max_tokens, [0.0] * r.max_tokens)
         return grow(search, answer=answer).tree.trajectories[0].stop
 
     assert stop() is StopReason.DEPTH_LIMIT

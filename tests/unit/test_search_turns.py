@@ -1,4 +1,5 @@
 """Laws of the tree search with turns: an environment answers a turn that has ended, or says that it was the last."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from tests.builders import EOS, grow, make_search, sample, segment_of
 from tests.unit.test_search import configs, seeds, shape, widths
 from treepo_swift.config import ConfigError, TreeConfig
-from treepo_swift.search import NextTurn, Segment
-from treepo_swift.tree import Node, Path, StopReason, response_ids, response_logprobs, sampled_tokens
+from treepo_swift.core.search import NextTurn, Segment
+from treepo_swift.core.tree import Node, Path, StopReason, response_ids, response_logprobs, sampled_tokens
 
 IN_TURNS = ('random_segment', 'root', 'none')
 
@@ -24,8 +25,7 @@ def turn_configs(draw) -> TreeConfig:
     fork_at = draw(st.sampled_from(['both', 'segment', 'turn']))
     if fork_at != 'turn':
         return dataclasses.replace(config, fork_at=fork_at)
-    return dataclasses.replace(
-        config, fork_at=fork_at, fallback=draw(st.sampled_from(IN_TURNS)), fallback_start='idle')
+    return dataclasses.replace(config, fork_at=fork_at, fallback=draw(st.sampled_from(IN_TURNS)), fallback_start='idle')
 
 
 turn_configs = turn_configs()
@@ -48,7 +48,8 @@ def reply(path: Path) -> tuple[list[int], int] | None:
 @given(turn_configs, widths, seeds, st.integers(1, 30), st.integers(20, 80))
 @settings(max_examples=150, deadline=None)
 def test_a_tree_has_w_trajectories_that_end_with_what_was_sampled_within_the_limits_of_each_turn(
-        config, width, seed, max_response, max_context):
+    config, width, seed, max_response, max_context
+):
     search = make_search(config, width, seed=seed, max_response=max_response, max_context=max_context)
     grow(search, order=random.Random(seed), environment=reply)
     assert search.done and len(search.tree.trajectories) == width and not search.growing
@@ -70,9 +71,11 @@ def test_engine_input_is_prompt_plus_nodes_and_only_sampled_tokens_have_logprobs
     grow(
         search,
         watch=lambda request, segment: asked.append(
-            (search.tree.prompt_ids + response_ids(request.prefix), segment.token_ids)),
+            (search.tree.prompt_ids + response_ids(request.prefix), segment.token_ids)
+        ),
         order=random.Random(seed),
-        environment=reply)
+        environment=reply,
+    )
     inputs = {tuple(context) for context, _ in asked}
     nodes: dict[int, Node] = {}
     for path in search.tree.trajectories:
@@ -134,11 +137,12 @@ def test_paths_fork_where_fork_at_says(config, width, seed):
         search,
         watch=lambda request, segment: started.setdefault(request.path_id, request.prefix),
         order=random.Random(seed),
-        environment=reply)
+        environment=reply,
+    )
     aligned = config.fallback in IN_TURNS
     for path in search.tree.trajectories:
         prefix = started.get(path.id)
-        if prefix is None or prefix.parent is None or (path.fallback_from is not None and not aligned):
+        if prefix is None or prefix.length == 0 or (path.fallback_from is not None and not aligned):
             continue
         if config.fork_at != 'both':
             assert prefix.begins_turn == (config.fork_at == 'turn')
@@ -165,7 +169,8 @@ def test_turn_level_forks_share_what_the_environment_said():
 def test_even_pacing_spreads_turn_level_forks_over_the_turns():
     def calls(**options):
         config = TreeConfig(
-            segment_length=4, max_depth=1, root_divergence=1, fork_at='turn', fallback_candidates='any', **options)
+            segment_length=4, max_depth=1, root_divergence=1, fork_at='turn', fallback_candidates='any', **options
+        )
 
         def environment(path):
             turns = len([node for node in path.leaf.lineage() if node.sampled])
@@ -186,14 +191,14 @@ def test_even_pacing_spreads_turn_level_forks_over_the_turns():
 def test_depth_and_response_limits_count_in_every_turn():
     config = TreeConfig(segment_length=2, max_depth=3)
     search = make_search(config, 1, max_response=5)
-    request, = search.start()
+    (request,) = search.start()
     assert request.max_tokens == 5
     for size in (2, 2):
         search.extend(request.path_id, segment_of([7] * size))
         assert search.settle(request.path_id) == []
     search.extend(request.path_id, segment_of([7]))
     assert search.stop_of(request.path_id, None) is StopReason.TOKEN_LIMIT
-    again, = search.begin_turn(request.path_id, NextTurn(5, [9], 'turn 2'))
+    (again,) = search.begin_turn(request.path_id, NextTurn(5, [9], 'turn 2'))
     assert again.max_tokens == 5 and again.prefix.turn == 'turn 2' and again.prefix.length == 6
     search.extend(request.path_id, segment_of([7, EOS], StopReason.EOS))
     search.settle(request.path_id)
@@ -210,12 +215,12 @@ def test_cuts_within_turns_are_refused_where_only_turns_fork():
 
 def test_an_environment_is_never_split():
     search = make_search(TreeConfig(segment_length=4, max_depth=2), 1)
-    request, = search.start()
+    (request,) = search.start()
     search.extend(request.path_id, Segment([7, EOS], [0.0, 0.0], StopReason.EOS))
-    request, = search.begin_turn(request.path_id, NextTurn(2, [9, 9, 9], 'turn'))
+    (request,) = search.begin_turn(request.path_id, NextTurn(2, [9, 9, 9], 'turn'))
     search.extend(request.path_id, Segment([7, EOS], [0.0, 0.0], StopReason.EOS))
     search.settle(request.path_id)
-    path, = search.tree.trajectories
+    (path,) = search.tree.trajectories
     with pytest.raises(ValueError, match='environment'):
         search.tree.node_at(path, 3)
     assert search.tree.node_at(path, 5).turn == 'turn'

@@ -1,11 +1,12 @@
 """What an engine streams, cut into segments."""
+
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treepo_swift.engine import SegmentBuffer
-from treepo_swift.tree import StopReason
+from treepo_swift.core.tree import StopReason
+from treepo_swift.server.vllm_engine import SegmentBuffer
 
 chunks = st.lists(st.integers(0, 9), min_size=1, max_size=8)
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from tests.builders import grow, segment_of
 from treepo_swift.cli.main import main
 from treepo_swift.config import TreeConfig
-from treepo_swift.lengths import LengthDistribution
-from treepo_swift.simulation import EngineModel, Setup, read_bench, simulate
-from treepo_swift.simulation.engine import SimulatedEngine
-from treepo_swift.simulation.server import plant
+from treepo_swift.lab.lengths import LengthDistribution
+from treepo_swift.lab.simulation import EngineModel, Setup, read_bench, simulate
+from treepo_swift.lab.simulation.engine import SimulatedEngine
+from treepo_swift.lab.simulation.server import plant
 
 NATURAL = LengthDistribution([3, 5, 8, 8, 13, 21, 34, 40])
 
@@ -29,7 +29,8 @@ def model(**changes) -> EngineModel:
         step_seconds_per_context_token=0.0,
         prefill_seconds_per_token=0.0,
         max_sequences=1000,
-        block_size=4)
+        block_size=4,
+    )
     return EngineModel(**{**costs, **changes})
 
 
@@ -43,32 +44,38 @@ def setup(schedule: str = 'stream', **changes) -> Setup:
     return Setup(config, schedule, **{**values, **changes})
 
 
-configs = st.fixed_dictionaries({
-    'segment_length': st.integers(1, 12),
-    'max_depth': st.integers(1, 5),
-    'divergence': st.integers(1, 3),
-    'root_divergence': st.integers(1, 4),
-    'pacing': st.sampled_from(['eager', 'even']),
-    'fallback': st.sampled_from(['random_segment', 'random_token', 'root']),
-    'fallback_start': st.sampled_from(['idle', 'early'])
-})
-batches = st.fixed_dictionaries({
-    'prompts': st.integers(1, 8),
-    'width': st.integers(1, 8),
-    'prompt_tokens': st.integers(1, 9),
-    'lengths': st.sampled_from([NATURAL, LengthDistribution.fixed(60)]),
-    'data_parallel': st.integers(1, 3),
-    'priority': st.booleans(),
-    'admission': st.booleans(),
-    'seed': st.integers(0, 5)
-})
+configs = st.fixed_dictionaries(
+    {
+        'segment_length': st.integers(1, 12),
+        'max_depth': st.integers(1, 5),
+        'divergence': st.integers(1, 3),
+        'root_divergence': st.integers(1, 4),
+        'pacing': st.sampled_from(['eager', 'even']),
+        'fallback': st.sampled_from(['random_segment', 'random_token', 'root']),
+        'fallback_start': st.sampled_from(['idle', 'early']),
+    }
+)
+batches = st.fixed_dictionaries(
+    {
+        'prompts': st.integers(1, 8),
+        'width': st.integers(1, 8),
+        'prompt_tokens': st.integers(1, 9),
+        'lengths': st.sampled_from([NATURAL, LengthDistribution.fixed(60)]),
+        'data_parallel': st.integers(1, 3),
+        'priority': st.booleans(),
+        'admission': st.booleans(),
+        'seed': st.integers(0, 5),
+    }
+)
 schedules = st.sampled_from(['independent', 'lockstep', 'stream'])
-engines = st.fixed_dictionaries({
-    'max_sequences': st.sampled_from([1, 3, 1000]),
-    # The longest response has 60 tokens and the longest prompt 9.
-    'kv_tokens': st.sampled_from([0, 69, 100, 200]),
-    'block_size': st.sampled_from([1, 4])
-})
+engines = st.fixed_dictionaries(
+    {
+        'max_sequences': st.sampled_from([1, 3, 1000]),
+        # The longest response has 60 tokens and the longest prompt 9.
+        'kv_tokens': st.sampled_from([0, 69, 100, 200]),
+        'block_size': st.sampled_from([1, 4]),
+    }
+)
 
 # The engine model.
 
@@ -82,7 +89,9 @@ def test_many_steps_take_as_long_as_one_after_the_other(steps, sequences, contex
             sequences=sequences,
             context=2 * context + i * sequences,
             kv=context + i * sequences,
-            prefill=0 if i else prefill) for i in range(steps)
+            prefill=0 if i else prefill,
+        )
+        for i in range(steps)
     ]
     whole = costly.seconds(steps, sequences=sequences, context=2 * context, kv=context, prefill=prefill)
     assert whole == sum(single)
@@ -174,6 +183,7 @@ def test_a_fork_starts_when_the_engine_has_handed_its_prefix_out():
 
 class Lengths:
     """Draws these lengths one after the other."""
+
     def __init__(self, *lengths: int) -> None:
         self._lengths = list(lengths)
 
@@ -193,7 +203,8 @@ def test_new_requests_wait_for_the_step_that_runs():
             divergence=1,
             root_divergence=1,
             fallback='root',
-            lengths=Lengths(5, 16, 8, 3))
+            lengths=Lengths(5, 16, 8, 3),
+        )
         done = simulate(model(), what)
         return done.latency_p50, done.latency_max
 
@@ -250,7 +261,7 @@ class OneStepAtATime(SimulatedEngine):
 @settings(deadline=None)
 def test_jumping_over_steps_changes_nothing(config, batch, schedule, engine):
     costly, what = model(**engine, **COSTLY), setup(schedule, **config, **batch)
-    with mock.patch('treepo_swift.simulation.server.SimulatedEngine', OneStepAtATime):
+    with mock.patch('treepo_swift.lab.simulation.server.SimulatedEngine', OneStepAtATime):
         slowly = simulate(costly, what)
     assert simulate(costly, what) == slowly
 
@@ -284,7 +295,8 @@ def test_stream_is_slower_than_lockstep_by_the_delay_of_its_forks_at_most(config
     what = dict(config, prompts=prompts, width=width)
     stream, lockstep = (
         simulate(model(prefill_seconds_per_token=prefill), setup(schedule, **what))
-        for schedule in ('stream', 'lockstep'))
+        for schedule in ('stream', 'lockstep')
+    )
     assert stream.prefill_tokens <= lockstep.prefill_tokens
     assert stream.seconds <= lockstep.seconds + 2 * stream.segments / prompts
 
@@ -346,7 +358,8 @@ def test_admission_lets_trees_wait_instead():
 
 def test_the_oldest_trees_are_done_earlier_where_they_go_first():
     by_arrival, by_age = (
-        simulate(model(**SMALL), setup(admission=False, priority=priority, **CROWD)) for priority in (False, True))
+        simulate(model(**SMALL), setup(admission=False, priority=priority, **CROWD)) for priority in (False, True)
+    )
     assert by_age.latency_p50 < by_arrival.latency_p50
     assert by_age.prefill_tokens < by_arrival.prefill_tokens and by_age.seconds < by_arrival.seconds
 
@@ -427,8 +440,15 @@ def test_sweeps_read_config_and_lengths(tmp_path):
     files = ['--config', str(tree), '--lengths', str(lengths), '--json', str(found)]
     assert command(tmp_path, *files, '--schedule', 'lockstep', '--priority', '--no-admission', '--seed', '3') == 0
     settings = json.loads(found.read_text())['rows'][0]['settings']
-    assert [settings[key] for key in ('D', 'S', 'd', 'mean length', 'order', 'admission', 'seed')
-            ] == [4, 8, 3, 4, 'priority', False, 3]
+    assert [settings[key] for key in ('D', 'S', 'd', 'mean length', 'order', 'admission', 'seed')] == [
+        4,
+        8,
+        3,
+        4,
+        'priority',
+        False,
+        3,
+    ]
 
 
 def test_predictions_stand_beside_measurements(tmp_path, capsys):
@@ -438,7 +458,7 @@ def test_predictions_stand_beside_measurements(tmp_path, capsys):
     assert command(tmp_path, '--validate', fixed, natural) == 0
     printed = capsys.readouterr().out
     assert '40.00' in printed and '32.00' in printed and '-20.0%' in printed and 'example' not in printed
-    measured, = read_bench(natural)
+    (measured,) = read_bench(natural)
     started = dict(data_parallel=2, max_sequences=3, kv_tokens=100, block_size=2)
     assert measured.setup == setup('stream', lengths=LengthDistribution([5, 32]), max_tokens=32, **started)
     predicted = simulate(model(), measured.setup).seconds

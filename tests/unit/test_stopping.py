@@ -11,11 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treepo_swift.config import ConfigError, TreeConfig
-from treepo_swift.policies import repetition
-from treepo_swift.policies.answers import answer_detectors, register_answer
-from treepo_swift.policies.repetition import RepetitionDetector
-from treepo_swift.policies.stopping import TextChecker, check_text, first_stop_string, has_boxed_answer, has_repetition
-from treepo_swift.tree import StopReason
+from treepo_swift.core.policies import repetition
+from treepo_swift.core.policies.answers import answer_detectors, register_answer
+from treepo_swift.core.policies.repetition import RepetitionDetector
+from treepo_swift.core.policies.stopping import (
+    TextChecker,
+    check_text,
+    first_stop_string,
+    has_boxed_answer,
+    has_repetition,
+)
+from treepo_swift.core.tree import StopReason
 
 
 @register_answer('test-final-line')
@@ -46,16 +52,16 @@ def found_at_each_end(checker, pieces: list[str]) -> list[bool]:
 
 
 def whole_at_each_end(checker, pieces: list[str]) -> list[bool]:
-    return [run(checker, ''.join(pieces[:i + 1]))[-1].found for i in range(len(pieces))]
+    return [run(checker, ''.join(pieces[: i + 1]))[-1].found for i in range(len(pieces))]
 
 
 def in_pieces(tokens: list[str], most: int = 40):
     """Texts made of `tokens`, cut anywhere: also inside a token, and into empty pieces."""
+
     def cut(text: str):
-        return st.lists(
-            st.integers(0, len(text)), max_size=8
-        ).map(
-            lambda at: [text[begin:end] for begin, end in zip([0, *sorted(at)], [*sorted(at), len(text)], strict=True)])
+        return st.lists(st.integers(0, len(text)), max_size=8).map(
+            lambda at: [text[begin:end] for begin, end in zip([0, *sorted(at)], [*sorted(at), len(text)], strict=True)]
+        )
 
     return st.lists(st.sampled_from(tokens), max_size=most).map(''.join).flatmap(cut)
 
@@ -90,24 +96,27 @@ def boxed_by_stack(text: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize('text, expected', [
-    (r'so \boxed{42}.', True),
-    (r'\boxed{\frac{1}{2}}', True),
-    (r'\boxed{\frac{1}{2}', False),
-    (r'\boxed{', False),
-    (r'\boxed{}', False),
-    (r'\boxed{  }', False),
-    (r'\boxed{ }} 1}', False),
-    (r'\boxed{a\}', False),
-    (r'\boxed{a\}}', True),
-    (r'} } \boxed{1}', True),
-    (r'\boxed{ \boxed{3}', True),
-    (r'\boxed{ \boxed{} }', True),
-    (r'\boxed{{\boxed{}', False),
-    (r'{\boxed{} {1}}', False),
-    (r'\\boxed{1}', True),
-    ('boxed{42}', False),
-])
+@pytest.mark.parametrize(
+    'text, expected',
+    [
+        (r'so \boxed{42}.', True),
+        (r'\boxed{\frac{1}{2}}', True),
+        (r'\boxed{\frac{1}{2}', False),
+        (r'\boxed{', False),
+        (r'\boxed{}', False),
+        (r'\boxed{  }', False),
+        (r'\boxed{ }} 1}', False),
+        (r'\boxed{a\}', False),
+        (r'\boxed{a\}}', True),
+        (r'} } \boxed{1}', True),
+        (r'\boxed{ \boxed{3}', True),
+        (r'\boxed{ \boxed{} }', True),
+        (r'\boxed{{\boxed{}', False),
+        (r'{\boxed{} {1}}', False),
+        (r'\\boxed{1}', True),
+        ('boxed{42}', False),
+    ],
+)
 def test_boxed_answers(text, expected):
     assert has_boxed_answer(text) is expected
     assert found_at_each_end(detector('boxed'), list(text))[-1] is expected
@@ -119,21 +128,24 @@ def test_boxed_answers(text, expected):
 def test_boxed_answers_do_not_depend_on_the_pieces(pieces):
     found = found_at_each_end(detector('boxed'), pieces)
     assert found == whole_at_each_end(detector('boxed'), pieces)
-    assert found == [boxed_by_stack(''.join(pieces[:i + 1])) for i in range(len(pieces))]
+    assert found == [boxed_by_stack(''.join(pieces[: i + 1])) for i in range(len(pieces))]
 
 
-@pytest.mark.parametrize('text, expected', [
-    ('<answer>42</answer>', True),
-    ('<answer>42', False),
-    ('42</answer>', False),
-    ('</answer>42<answer>', False),
-    ('<answer></answer>', False),
-    ('<answer> \n</answer> 42</answer>', False),
-    ('<answer></answer><answer>42</answer>', True),
-    ('<answer><answer></answer>', True),
-    ('<answer></answe</answer>', True),
-    ('<answer', False),
-])
+@pytest.mark.parametrize(
+    'text, expected',
+    [
+        ('<answer>42</answer>', True),
+        ('<answer>42', False),
+        ('42</answer>', False),
+        ('</answer>42<answer>', False),
+        ('<answer></answer>', False),
+        ('<answer> \n</answer> 42</answer>', False),
+        ('<answer></answer><answer>42</answer>', True),
+        ('<answer><answer></answer>', True),
+        ('<answer></answe</answer>', True),
+        ('<answer', False),
+    ],
+)
 def test_tagged_answers(text, expected):
     assert detector('tags').feed(detector('tags').start(), text).found is expected
     assert found_at_each_end(detector('tags'), list(text))[-1] is expected
@@ -148,7 +160,7 @@ def test_tagged_answers_do_not_depend_on_the_pieces(pieces, tags):
 
     found = found_at_each_end(detector('tags', answer_tags=tags), pieces)
     assert found == whole_at_each_end(detector('tags', answer_tags=tags), pieces)
-    assert found == [by_regex(''.join(pieces[:i + 1])) for i in range(len(pieces))]
+    assert found == [by_regex(''.join(pieces[: i + 1])) for i in range(len(pieces))]
 
 
 def test_a_registered_function_sees_the_whole_text_at_each_piece_and_keeps_its_answer():
@@ -170,14 +182,14 @@ def test_an_unknown_answer_is_refused_with_what_is_allowed():
 
 
 def most_frequent(text: str, length: int) -> int:
-    return max(Counter(text[i:i + length] for i in range(len(text) - length + 1)).values(), default=0)
+    return max(Counter(text[i : i + length] for i in range(len(text) - length + 1)).values(), default=0)
 
 
 @given(in_pieces(['a', 'b', 'ab', 'aab', 'abab'], 30), st.integers(2, 9), st.integers(2, 5))
 @settings(max_examples=1000, deadline=None)
 def test_repetition_is_exact_and_does_not_depend_on_the_pieces(pieces, length, count):
     found = found_at_each_end(RepetitionDetector(length, count), pieces)
-    assert found == [most_frequent(''.join(pieces[:i + 1]), length) >= count for i in range(len(pieces))]
+    assert found == [most_frequent(''.join(pieces[: i + 1]), length) >= count for i in range(len(pieces))]
     assert has_repetition(''.join(pieces), length, count) is found[-1]
 
 
@@ -200,7 +212,7 @@ def thue_morse(size: int) -> str:
 def test_repetition_is_exact_where_hashes_collide(length):
     text = thue_morse(1 << 14)
     most = most_frequent(text, length)
-    pieces = [text[i:i + 1000] for i in range(0, len(text), 1000)]
+    pieces = [text[i : i + 1000] for i in range(0, len(text), 1000)]
     for count, expected in ((most, True), (most + 1, False)):
         assert has_repetition(text, length, count) is expected
         assert found_at_each_end(RepetitionDetector(length, count), pieces)[-1] is expected
@@ -212,7 +224,7 @@ def test_repetition_is_exact_when_every_window_collides(pieces, length, count):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(repetition, '_window_hashes', lambda text, size: np.full(len(text) - size + 1, 7, np.uint64))
         found = found_at_each_end(RepetitionDetector(length, count), pieces)
-    assert found == [most_frequent(''.join(pieces[:i + 1]), length) >= count for i in range(len(pieces))]
+    assert found == [most_frequent(''.join(pieces[: i + 1]), length) >= count for i in range(len(pieces))]
 
 
 # Both together
@@ -227,7 +239,7 @@ def test_forks_do_not_influence_each_other(left, right, shared):
         before = (fork.answer, fork.repetition)
         one, other = fork, fork
         for i in range(max(len(left), len(right))):
-            one, other = checker.feed(one, ''.join(left[i:i + 1])), checker.feed(other, ''.join(right[i:i + 1]))
+            one, other = checker.feed(one, ''.join(left[i : i + 1])), checker.feed(other, ''.join(right[i : i + 1]))
         for state, pieces in ((one, left), (other, right)):
             alone = run(checker, '', *left[:shared], *pieces)[-1]
             assert (state.answer, state.repetition) == (alone.answer, alone.repetition)
@@ -260,42 +272,49 @@ def test_an_answer_comes_first():
 
 
 @pytest.mark.parametrize('answer', ['boxed', 'tags'])
-@pytest.mark.parametrize('make', [
-    lambda n: '{' * n,
-    lambda n: '\\boxed{' * n,
-    lambda n: '\\boxed{' + '{' * n,
-    lambda n: '\\boxed{}' * n,
-    lambda n: '\\boxed{' + ' ' * n,
-    lambda n: '\\' * n,
-    lambda n: '<answer>' * n,
-    lambda n: '<answer></answer>' * n,
-    lambda n: '<answer>' + '</answer' * n,
-    lambda n: '<answer>' + ' ' * n,
-    lambda n: 'a' * n,
-])
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda n: '{' * n,
+        lambda n: '\\boxed{' * n,
+        lambda n: '\\boxed{' + '{' * n,
+        lambda n: '\\boxed{}' * n,
+        lambda n: '\\boxed{' + ' ' * n,
+        lambda n: '\\' * n,
+        lambda n: '<answer>' * n,
+        lambda n: '<answer></answer>' * n,
+        lambda n: '<answer>' + '</answer' * n,
+        lambda n: '<answer>' + ' ' * n,
+        lambda n: 'a' * n,
+    ],
+)
 def test_hostile_answers_cost_linear_time(answer, make):
     """What is quadratic here would take minutes, whole or in small pieces."""
     text = make(100_000)[:400_000]
     started = time.process_time()
     assert not run(detector(answer), text)[-1].found
-    assert not run(detector(answer), *(text[i:i + 16] for i in range(0, len(text), 16)))[-1].found
+    assert not run(detector(answer), *(text[i : i + 16] for i in range(0, len(text), 16)))[-1].found
     assert time.process_time() - started < 10
 
 
-@pytest.mark.parametrize('make, length, count', [
-    (lambda n: 'a' * n, 32, 90_000),
-    (lambda n: 'a' * n, 20_000, 60_000),
-    (lambda n: 'ab' * (n // 2), 32, 45_000),
-    (thue_morse, 32, 90_000),
-    (thue_morse, 2048, 90),
-    (lambda n: noise(n // 7) * 7, 32, 8),
-    (lambda n: noise(n), 32, 2),
-])
+@pytest.mark.parametrize(
+    'make, length, count',
+    [
+        (lambda n: 'a' * n, 32, 90_000),
+        (lambda n: 'a' * n, 20_000, 60_000),
+        (lambda n: 'ab' * (n // 2), 32, 45_000),
+        (thue_morse, 32, 90_000),
+        (thue_morse, 2048, 90),
+        (lambda n: noise(n // 7) * 7, 32, 8),
+        (lambda n: noise(n), 32, 2),
+    ],
+)
 def test_hostile_repetition_costs_linear_time(make, length, count):
     """Ten times the text may not cost much more than ten times the work (what is quadratic costs 100 times)."""
+
     def cost(n: int) -> float:
         text, fewest = make(n), min(count, n * 9 // 10)
-        pieces = [text[i:i + n // 8] for i in range(0, n, n // 8)]
+        pieces = [text[i : i + n // 8] for i in range(0, n, n // 8)]
         best = float('inf')
         for _ in range(3):
             started = time.process_time()

@@ -1,4 +1,5 @@
 """The example's tools give right answers to good calls, and short answers at once to everything else."""
+
 from __future__ import annotations
 
 import json
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[2] / 'examples' / 'tools'))
-from agent_tools import Corpus, Tool, calculate, make_tools, parse_call, run_call  # noqa: E402
+from agent_tools import Corpus, Tool, calculate, make_tools, parse_call, run_call
 
 DOCUMENTS = [
     'The bridge at Alm was built in 1902.',
@@ -57,12 +58,16 @@ def binary(operator: str, left: Expression, right: Expression) -> Expression:
 
 def power(base: Expression, exponent: Expression) -> Expression:
     """Bases and exponents that are not small are tested by examples: here they become a product."""
-    if None in (base[1], exponent[1]) or exponent[1].denominator != 1 or abs(exponent[1]) > 9 \
-            or max(map(int.bit_length, base[1].as_integer_ratio())) > 60:
+    if (
+        None in (base[1], exponent[1])
+        or exponent[1].denominator != 1
+        or abs(exponent[1]) > 9
+        or max(map(int.bit_length, base[1].as_integer_ratio())) > 60
+    ):
         return binary('*', base, exponent)
     text = f'{in_brackets(base, ATOM)}**{in_brackets(exponent, SIGN)}'
     impossible = base[1] == 0 and exponent[1] < 0
-    return text, None if impossible else within_bounds(base[1]**int(exponent[1])), POWER
+    return text, None if impossible else within_bounds(base[1] ** int(exponent[1])), POWER
 
 
 def sign(operand: Expression) -> Expression:
@@ -93,7 +98,8 @@ expressions = st.recursive(
         st.builds(rounded, inner),
         st.builds(call, st.sampled_from(sorted(FUNCTIONS)), st.lists(inner, min_size=1, max_size=3), lists),
     ),
-    max_leaves=12)
+    max_leaves=12,
+)
 
 
 @given(expressions)
@@ -110,75 +116,81 @@ def test_an_expression_has_the_value_that_its_tree_has(expression):
         assert len(answer.partition('E')[0].replace('.', '').strip('-0')) <= 10
 
 
-@pytest.mark.parametrize('expression, answer', [
-    ('1 + 2 * 3', '7'),
-    ('10 - 4 - 3', '3'),
-    ('2 ** 3 ** 2', '512'),
-    ('-2 ** 2', '-4'),
-    ('(-2) ** 2', '4'),
-    ('2 ** -1', '0.5'),
-    ('2 * -3', '-6'),
-    ('- - 2', '2'),
-    ('-7 // 2', '-4'),
-    ('-7 % 3', '2'),
-    ('0.1 + 0.2', '0.3'),
-    ('6 / 3', '2'),
-    ('1/3', '0.3333333333'),
-    ('2/3', '0.6666666667'),
-    ('.5 + 5.', '5.5'),
-    ('1/3 + 1/6', '0.5'),
-    ('123456789 + 1/8', '123456789.1'),
-    ('1234567890 + 1/2', '1.23456789E+9'),
-    ('10**29 + 1/3', '1E+29'),
-    ('sum([1, 2.5, -1])', '2.5'),
-    ('sum(1, 2)', '3'),
-    ('sum([7])', '7'),
-    ('min(3, 1 + 1)', '2'),
-    ('max([3, 4])', '4'),
-    ('abs(-3)', '3'),
-    ('round(2.5)', '2'),
-    ('round(3.14159, 2)', '3.14'),
-    ('round(1250, -2)', '1200'),
-    ('10 ** 30', '1' + '0' * 30),
-    ('10 ** -30', '0.' + '0' * 29 + '1'),
-    ('round((1 + 0.06/12) ** 360, 4)', '6.0226'),
-])
+@pytest.mark.parametrize(
+    'expression, answer',
+    [
+        ('1 + 2 * 3', '7'),
+        ('10 - 4 - 3', '3'),
+        ('2 ** 3 ** 2', '512'),
+        ('-2 ** 2', '-4'),
+        ('(-2) ** 2', '4'),
+        ('2 ** -1', '0.5'),
+        ('2 * -3', '-6'),
+        ('- - 2', '2'),
+        ('-7 // 2', '-4'),
+        ('-7 % 3', '2'),
+        ('0.1 + 0.2', '0.3'),
+        ('6 / 3', '2'),
+        ('1/3', '0.3333333333'),
+        ('2/3', '0.6666666667'),
+        ('.5 + 5.', '5.5'),
+        ('1/3 + 1/6', '0.5'),
+        ('123456789 + 1/8', '123456789.1'),
+        ('1234567890 + 1/2', '1.23456789E+9'),
+        ('10**29 + 1/3', '1E+29'),
+        ('sum([1, 2.5, -1])', '2.5'),
+        ('sum(1, 2)', '3'),
+        ('sum([7])', '7'),
+        ('min(3, 1 + 1)', '2'),
+        ('max([3, 4])', '4'),
+        ('abs(-3)', '3'),
+        ('round(2.5)', '2'),
+        ('round(3.14159, 2)', '3.14'),
+        ('round(1250, -2)', '1200'),
+        ('10 ** 30', '1' + '0' * 30),
+        ('10 ** -30', '0.' + '0' * 29 + '1'),
+        ('round((1 + 0.06/12) ** 360, 4)', '6.0226'),
+    ],
+)
 def test_calculate(expression, answer):
     assert calculate(expression) == answer
 
 
-@pytest.mark.parametrize('expression, message', [
-    ('', 'unexpected end of the expression; allowed: numbers, '),
-    ('1 +', 'unexpected end'),
-    ('2 ^ 3', r"unexpected '^'; allowed: numbers, + - * / // % **"),
-    ('1,000', "unexpected ','"),
-    ('1 2', "unexpected '2'"),
-    ('(1', 'unexpected end'),
-    ('1)', "unexpected ')'"),
-    ('[1]', "unexpected '['"),
-    ('abs([1])', "unexpected '['"),
-    ('sum()', "unexpected ')'"),
-    ('sum([1, 2)', "unexpected ')'"),
-    ('sum', 'unexpected end'),
-    ('sqrt(2)', "unexpected 'sqrt'; allowed: numbers, "),
-    ('abs(1, 2)', 'abs has 2 arguments; allowed: at most 1'),
-    ('round(1, 2, 3)', 'round has 3 arguments'),
-    ('round(1, 0.5)', 'round takes a whole number of places'),
-    ('round(1, 10**9)', 'round takes a whole number of places'),
-    ('1 / 0', 'division by zero'),
-    ('1 // (2 - 2)', 'division by zero'),
-    ('1 % 0', 'division by zero'),
-    ('0 ** -1', 'division by zero'),
-    ('2 ** 0.5', 'an exponent is not whole'),
-    ('1.0001 ** 1000', 'a power is too large or too fine'),
-    ('10 ** 31', 'a number is too large; allowed: up to 10**30'),
-    ('1' + '0' * 31, 'a number is too large'),
-    ('10 ** 30 + 1', 'a number is too large'),
-    ('10 ** -31', 'the result is too close to zero'),
-    ('\u00b2', r"unexpected '\xb2'"),
-    ('\u0661', r"unexpected '\u0661'"),
-    ('1 + \ud800', r"unexpected '\ud800'"),
-])
+@pytest.mark.parametrize(
+    'expression, message',
+    [
+        ('', 'unexpected end of the expression; allowed: numbers, '),
+        ('1 +', 'unexpected end'),
+        ('2 ^ 3', r"unexpected '^'; allowed: numbers, + - * / // % **"),
+        ('1,000', "unexpected ','"),
+        ('1 2', "unexpected '2'"),
+        ('(1', 'unexpected end'),
+        ('1)', "unexpected ')'"),
+        ('[1]', "unexpected '['"),
+        ('abs([1])', "unexpected '['"),
+        ('sum()', "unexpected ')'"),
+        ('sum([1, 2)', "unexpected ')'"),
+        ('sum', 'unexpected end'),
+        ('sqrt(2)', "unexpected 'sqrt'; allowed: numbers, "),
+        ('abs(1, 2)', 'abs has 2 arguments; allowed: at most 1'),
+        ('round(1, 2, 3)', 'round has 3 arguments'),
+        ('round(1, 0.5)', 'round takes a whole number of places'),
+        ('round(1, 10**9)', 'round takes a whole number of places'),
+        ('1 / 0', 'division by zero'),
+        ('1 // (2 - 2)', 'division by zero'),
+        ('1 % 0', 'division by zero'),
+        ('0 ** -1', 'division by zero'),
+        ('2 ** 0.5', 'an exponent is not whole'),
+        ('1.0001 ** 1000', 'a power is too large or too fine'),
+        ('10 ** 31', 'a number is too large; allowed: up to 10**30'),
+        ('1' + '0' * 31, 'a number is too large'),
+        ('10 ** 30 + 1', 'a number is too large'),
+        ('10 ** -31', 'the result is too close to zero'),
+        ('\u00b2', r"unexpected '\xb2'"),
+        ('\u0661', r"unexpected '\u0661'"),
+        ('1 + \ud800', r"unexpected '\ud800'"),
+    ],
+)
 def test_what_has_no_value_says_why(expression, message):
     assert calculate(expression).startswith(f'error: {message}')
 
@@ -202,7 +214,8 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(
-    'expression', HOSTILE, ids=lambda expression: expression[:12].encode('unicode_escape').decode())
+    'expression', HOSTILE, ids=lambda expression: expression[:12].encode('unicode_escape').decode()
+)
 def test_hostile_expressions_are_refused_at_once(expression):
     start = time.perf_counter()
     answer = calculate(expression)
@@ -233,7 +246,8 @@ def test_calculate_answers_any_text_with_a_short_text(expression):
 def test_search_ranks_by_the_words_that_are_rare():
     corpus = Corpus(DOCUMENTS)
     assert corpus.search('When was the bridge at Brook built?') == (
-        'The bridge at Brook has three arches and was built in 1911.\nThe bridge at Alm was built in 1902.')
+        'The bridge at Brook has three arches and was built in 1911.\nThe bridge at Alm was built in 1902.'
+    )
     assert corpus.search('OATS', limit=1) == DOCUMENTS[3]
     assert corpus.search('oats') == DOCUMENTS[3]
 
@@ -300,7 +314,8 @@ def test_a_text_without_a_call(text):
         (tool_call('calculator', '1 + 1'), '"arguments" is not an object'),
         (tool_call('calculator', ['1 + 1']), '"arguments" is not an object'),
         ('<tool_call>{"name": "calculator"}</tool_call>', '"arguments" is not an object'),
-    ])
+    ],
+)
 def test_a_malformed_call_says_why(text, message):
     start = time.perf_counter()
     answer = parse_call(text)
@@ -310,14 +325,17 @@ def test_a_malformed_call_says_why(text, message):
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | anything,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3))
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+)
 names = st.sampled_from(['calculator', 'search']) | values
 arguments = st.dictionaries(st.sampled_from(['expression', 'query']) | st.text(), values, max_size=2) | values
 
 
 @given(
-    st.one_of(anything, anything.map(lambda body: f'<tool_call>{body}</tool_call>'),
-              st.builds(tool_call, names, arguments)))
+    st.one_of(
+        anything, anything.map(lambda body: f'<tool_call>{body}</tool_call>'), st.builds(tool_call, names, arguments)
+    )
+)
 @settings(max_examples=300, deadline=None)
 def test_any_text_is_answered_or_has_no_call(text):
     found = parse_call(text)
@@ -334,22 +352,27 @@ def test_run_call():
     assert run_call('error: the call is not closed', TOOLS) == 'error: the call is not closed'
 
 
-@pytest.mark.parametrize('call, answer', [
-    (('browse', {}), "error: there is no tool 'browse'; allowed: calculator, search"),
-    (('b\ud800' * 99, {}), "error: there is no tool '" + r'b\ud800' * 10 + " ...'; allowed: calculator, search"),
-    (('<tool_call>', {}), r"error: there is no tool '\x3ctool_call>'; allowed: calculator, search"),
-    (('search', {}), 'error: search needs query; allowed: query (string)'),
-    (('search', {
-        'query': 'oats',
-        'limit': 10**9
-    }), "error: search has no argument 'limit'; allowed: query (string)"),
-    (('calculator', {
-        'expression': 7
-    }), 'error: expression of calculator is not a string; allowed: expression (string)'),
-    (('calculator', {
-        'expression': None
-    }), 'error: expression of calculator is not a string; allowed: expression (string)'),
-])
+@pytest.mark.parametrize(
+    'call, answer',
+    [
+        (('browse', {}), "error: there is no tool 'browse'; allowed: calculator, search"),
+        (('b\ud800' * 99, {}), "error: there is no tool '" + r'b\ud800' * 10 + " ...'; allowed: calculator, search"),
+        (('<tool_call>', {}), r"error: there is no tool '\x3ctool_call>'; allowed: calculator, search"),
+        (('search', {}), 'error: search needs query; allowed: query (string)'),
+        (
+            ('search', {'query': 'oats', 'limit': 10**9}),
+            "error: search has no argument 'limit'; allowed: query (string)",
+        ),
+        (
+            ('calculator', {'expression': 7}),
+            'error: expression of calculator is not a string; allowed: expression (string)',
+        ),
+        (
+            ('calculator', {'expression': None}),
+            'error: expression of calculator is not a string; allowed: expression (string)',
+        ),
+    ],
+)
 def test_a_wrong_call_reads_what_is_allowed(call, answer):
     assert run_call(call, TOOLS) == answer
 
@@ -382,14 +405,9 @@ def test_the_schema_is_what_a_chat_template_takes():
             'description': 'Finds the documents that fit some words best.',
             'parameters': {
                 'type': 'object',
-                'properties': {
-                    'query': {
-                        'type': 'string',
-                        'description': 'a few words to look for'
-                    }
-                },
-                'required': ['query']
-            }
-        }
+                'properties': {'query': {'type': 'string', 'description': 'a few words to look for'}},
+                'required': ['query'],
+            },
+        },
     }
     assert json.loads(json.dumps([tool.to_schema() for tool in TOOLS.values()]))[0]['function']['name'] == 'calculator'

@@ -4,11 +4,20 @@
 is every trajectory whose path begins with the same j + 1 ids. Trajectory-level estimators give one value per
 trajectory (`estimate`), segment-level ones one per node after the root (`estimate_segments`).
 """
+
 from .grpo import grpo
 from .normalisation import normalise
 from .progress import progress
-from .registry import (AdvantageEstimator, SegmentAdvantageEstimator, check_estimator, estimate, estimate_segments,
-                       is_segment_level, register_advantage, registered_estimators)
+from .registry import (
+    AdvantageEstimator,
+    SegmentAdvantageEstimator,
+    check_estimator,
+    estimate,
+    estimate_segments,
+    is_segment_level,
+    register_advantage,
+    registered_estimators,
+)
 from .reinforce_plus_plus import reinforce_plus_plus
 from .rloo import rloo
 from .spo import spo
@@ -18,7 +27,22 @@ from .treerl import treerl
 from .whitening import whiten
 
 __all__ = [
-    'AdvantageEstimator', 'SegmentAdvantageEstimator', 'Subgroups', 'check_estimator', 'estimate', 'estimate_segments',
-    'grpo', 'is_segment_level', 'normalise', 'progress', 'register_advantage', 'registered_estimators',
-    'reinforce_plus_plus', 'rloo', 'spo', 'treepo', 'treerl', 'whiten'
+    'AdvantageEstimator',
+    'SegmentAdvantageEstimator',
+    'Subgroups',
+    'check_estimator',
+    'estimate',
+    'estimate_segments',
+    'grpo',
+    'is_segment_level',
+    'normalise',
+    'progress',
+    'register_advantage',
+    'registered_estimators',
+    'reinforce_plus_plus',
+    'rloo',
+    'spo',
+    'treepo',
+    'treerl',
+    'whiten',
 ]

@@ -1,9 +1,10 @@
 """The last step before the loss: advantages of a whole batch on one scale."""
+
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from itertools import count
-from typing import Hashable, Sequence
 
 import numpy as np
 
@@ -14,12 +15,9 @@ ROUNDING = 1e-6
 """Share of a tree's largest value below which the spread of its values is rounding."""
 
 
-def normalise(values: Sequence[float],
-              lengths: Sequence[int],
-              trees: Sequence[Hashable],
-              *,
-              how: str,
-              shift_mean: bool = True) -> list[float]:
+def normalise(
+    values: Sequence[float], lengths: Sequence[int], trees: Sequence[Hashable], *, how: str, shift_mean: bool = True
+) -> list[float]:
     """Normalised advantages.
 
     Args:

@@ -1,7 +1,9 @@
 """Progress: how much a segment raised the expected reward."""
+
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from .registry import TreePath, register_advantage
 from .subgroups import Subgroups

@@ -1,12 +1,14 @@
 """The table of advantage estimators and the two functions that call them."""
+
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
 from itertools import chain
-from typing import Any, Callable, Hashable, Protocol, Sequence, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from ..registry import Registry
+from treepo_swift.core.registry import Registry
 
 TreePath = Sequence[Hashable]
 """``[tree_id, node_1, ..., node_n]`` of one trajectory."""
@@ -16,12 +18,14 @@ LEVELS = ('trajectory', 'segment')
 
 class AdvantageEstimator(Protocol):
     """Trajectory level."""
+
     def __call__(self, paths: Sequence[TreePath], rewards: Sequence[float], **options: Any) -> list[float]:
         """Return one advantage per trajectory, before normalisation."""
 
 
 class SegmentAdvantageEstimator(Protocol):
     """Segment level."""
+
     def __call__(self, paths: Sequence[TreePath], rewards: Sequence[float], **options: Any) -> list[list[float]]:
         """Return one list per trajectory, with one advantage per node after the root, before normalisation."""
 
@@ -65,14 +69,16 @@ def is_segment_level(name: str) -> bool:
     return _levels[name] == 'segment'
 
 
-def estimate(paths: Sequence[TreePath],
-             rewards: Sequence[float],
-             *,
-             estimator: str = 'treepo',
-             weighting: str = 'average',
-             reject_flat_subgroups: bool = False,
-             include_root: bool = True,
-             count_chains: str = 'per_depth') -> list[float]:
+def estimate(
+    paths: Sequence[TreePath],
+    rewards: Sequence[float],
+    *,
+    estimator: str = 'treepo',
+    weighting: str = 'average',
+    reject_flat_subgroups: bool = False,
+    include_root: bool = True,
+    count_chains: str = 'per_depth',
+) -> list[float]:
     """Advantages of a batch of trajectories, one float each, not yet normalised.
 
     Args:
@@ -95,19 +101,22 @@ def estimate(paths: Sequence[TreePath],
         weighting=weighting,
         reject_flat_subgroups=reject_flat_subgroups,
         include_root=include_root,
-        count_chains=count_chains)
+        count_chains=count_chains,
+    )
     _check_result(estimator, values, [1] * len(paths), [1] * len(values))
     return values
 
 
-def estimate_segments(paths: Sequence[TreePath],
-                      rewards: Sequence[float],
-                      *,
-                      estimator: str = 'progress',
-                      weighting: str = 'average',
-                      reject_flat_subgroups: bool = False,
-                      include_root: bool = True,
-                      count_chains: str = 'per_depth') -> list[list[float]]:
+def estimate_segments(
+    paths: Sequence[TreePath],
+    rewards: Sequence[float],
+    *,
+    estimator: str = 'progress',
+    weighting: str = 'average',
+    reject_flat_subgroups: bool = False,
+    include_root: bool = True,
+    count_chains: str = 'per_depth',
+) -> list[list[float]]:
     """Advantages of a batch of trajectories, one list each with a value per node after the root, not yet normalised.
 
     An estimator of trajectory level repeats its value for every node. Arguments and errors are those of `estimate`.
@@ -116,14 +125,19 @@ def estimate_segments(paths: Sequence[TreePath],
         weighting=weighting,
         reject_flat_subgroups=reject_flat_subgroups,
         include_root=include_root,
-        count_chains=count_chains)
+        count_chains=count_chains,
+    )
     if not is_segment_level(estimator):
         values = estimate(paths, rewards, estimator=estimator, **options)
         return [[value] * (len(path) - 1) for path, value in zip(paths, values, strict=True)]
     _check_batch(paths, rewards)
     segments = _estimators[estimator](paths, rewards, **options)
-    _check_result(estimator, list(chain.from_iterable(segments)), [len(path) - 1 for path in paths],
-                  [len(values) for values in segments])
+    _check_result(
+        estimator,
+        list(chain.from_iterable(segments)),
+        [len(path) - 1 for path in paths],
+        [len(values) for values in segments],
+    )
     return segments
 
 
@@ -136,8 +150,10 @@ def _check_batch(paths: Sequence[TreePath], rewards: Sequence[float]) -> None:
     finite = np.isfinite(np.asarray(rewards, dtype=np.float64))
     if not finite.all():
         index = int(np.argmin(finite))
-        raise ValueError(f'rewards[{index}] is {rewards[index]!r}: a reward must be a finite number. Leave failed '
-                         'trajectories out of paths and rewards.')
+        raise ValueError(
+            f'rewards[{index}] is {rewards[index]!r}: a reward must be a finite number. Leave failed '
+            'trajectories out of paths and rewards.'
+        )
 
 
 def _check_result(estimator: str, values: Sequence[float], expected: list[int], lengths: list[int]) -> None:
@@ -145,11 +161,13 @@ def _check_result(estimator: str, values: Sequence[float], expected: list[int], 
     if len(lengths) != len(expected):
         raise ValueError(
             f'Advantage estimator {estimator!r} returned {len(lengths)} results for {len(expected)} paths: '
-            'it must return one per path.')
+            'it must return one per path.'
+        )
     if lengths != expected:
         index = next(i for i, pair in enumerate(zip(lengths, expected)) if pair[0] != pair[1])
         raise ValueError(
             f'Advantage estimator {estimator!r} returned {lengths[index]} values for paths[{index}], which '
-            f'has {expected[index]} nodes after the root: it must return one per node.')
+            f'has {expected[index]} nodes after the root: it must return one per node.'
+        )
     if not np.isfinite(np.asarray(values, dtype=np.float64)).all():
         raise ValueError(f'Advantage estimator {estimator!r} returned a value that is not finite for finite rewards.')

@@ -1,7 +1,9 @@
 """REINFORCE with a leave-one-out baseline on the trajectories of a tree."""
+
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 

@@ -1,7 +1,9 @@
 """Sibling-relative advantage of a segment."""
+
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 

@@ -1,9 +1,10 @@
 """The subgroups of a batch, numbered once, so that estimators are a few lines over arrays."""
+
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from itertools import chain, count
-from typing import Hashable, Sequence
 
 import numpy as np
 
@@ -36,6 +37,7 @@ class Subgroups:
     """Trajectories in the subgroup."""
     value_N: np.ndarray
     """Mean gain of the subgroup: the node's value, up to the lowest reward of the tree."""
+
     def __init__(self, paths: Sequence[TreePath], rewards: Sequence[float]) -> None:
         length_L = np.fromiter(map(len, paths), np.int64, count=len(paths))
         self._end_L = np.cumsum(length_L)
@@ -91,7 +93,7 @@ class Subgroups:
     def per_segment(self, value_N: np.ndarray) -> list[list[float]]:
         """One list per trajectory with the values of its nodes after the root."""
         values = value_N[self.node_S].tolist()
-        return [values[start + 1:end] for start, end in zip(self._start_L.tolist(), self._end_L.tolist())]
+        return [values[start + 1 : end] for start, end in zip(self._start_L.tolist(), self._end_L.tolist())]
 
 
 def tree_gaps(paths: Sequence[TreePath], rewards: Sequence[float]) -> tuple[np.ndarray, Subgroups]:

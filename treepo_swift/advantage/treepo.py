@@ -1,7 +1,8 @@
 """The TreePO advantage: a trajectory against every subgroup that it belongs to."""
+
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,13 +14,15 @@ CHAIN_COUNTS = ('per_depth', 'per_fork')
 
 
 @register_advantage('treepo')
-def treepo(paths: Sequence[TreePath],
-           rewards: Sequence[float],
-           *,
-           weighting: str = 'average',
-           reject_flat_subgroups: bool = False,
-           include_root: bool = True,
-           count_chains: str = 'per_depth') -> list[float]:
+def treepo(
+    paths: Sequence[TreePath],
+    rewards: Sequence[float],
+    *,
+    weighting: str = 'average',
+    reject_flat_subgroups: bool = False,
+    include_root: bool = True,
+    count_chains: str = 'per_depth',
+) -> list[float]:
     """Subgroup advantage of TreePO (arXiv 2508.17445).
 
     ``A_i = sum_j w_ij (r_i - mean(G_ij)) / sum_j w_ij`` over the depths j at which trajectory i has a subgroup

@@ -1,8 +1,9 @@
 """Normalisation of advantages over a batch's loss tokens."""
+
 from __future__ import annotations
 
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 EPSILON = 1e-8
 
@@ -24,7 +25,7 @@ def whiten(values: Sequence[float], lengths: Sequence[int], *, shift_mean: bool 
     if tokens == 0:
         return [0.0] * len(values)
     mean = math.fsum(v * n for v, n in zip(values, lengths)) / tokens
-    variance = math.fsum(n * (v - mean)**2 for v, n in zip(values, lengths)) / max(tokens - 1, 1)
+    variance = math.fsum(n * (v - mean) ** 2 for v, n in zip(values, lengths)) / max(tokens - 1, 1)
     scale = 1 / math.sqrt(variance + EPSILON)
     offset = 0.0 if shift_mean else mean
     return [(v - mean) * scale + offset if n else 0.0 for v, n in zip(values, lengths)]

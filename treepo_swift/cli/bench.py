@@ -1,4 +1,5 @@
 """Compare trees with independent sampling on a real engine, or time the scheduler and the estimators alone."""
+
 from __future__ import annotations
 
 import argparse
@@ -7,13 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..bench import estimators
-from ..bench.table import table
-from ..bench.workload import KINDS, Workload, made_up_messages, read_messages
-from ..config import TreeConfig
-from ..lengths import LengthDistribution
+from treepo_swift.config import TreeConfig
+from treepo_swift.lab.bench import estimators
+from treepo_swift.lab.bench.table import table
+from treepo_swift.lab.bench.workload import KINDS, Workload, made_up_messages, read_messages
+from treepo_swift.lab.lengths import LengthDistribution
 
-EPILOG = '''Rows of the table that may need a word:
+EPILOG = """Rows of the table that may need a word:
   of bound   the speed-up over what the saved tokens allow; above 1 where swift's own path costs more for a token
   prefilled  input tokens that were not in the prefix cache
   evicted    those of them that had been there
@@ -21,7 +22,7 @@ EPILOG = '''Rows of the table that may need a word:
   scheduler CPU  of the rollout's time, spent in the scheduler on the event loop
 Everything after -- goes to the engine, as `swift rollout` takes it:
   treepo-swift bench --prompts 12 --width 16 -- --model Qwen/Qwen2.5-1.5B-Instruct --vllm_max_model_len 8192
-The tree's shape comes from TREEPO_CONFIG and TREEPO_* variables, as everywhere.'''
+The tree's shape comes from TREEPO_CONFIG and TREEPO_* variables, as everywhere."""
 
 PROFILED_PROMPTS = 100
 
@@ -31,18 +32,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument('--fake', action='store_true', help='the scheduler alone, on an engine that costs nothing')
     what.add_argument('--estimators', action='store_true', help='the advantage estimators alone')
-    what.add_argument('--fit', metavar='FILE', help='measure the engine\'s speed for `treepo-swift simulate`')
+    what.add_argument('--fit', metavar='FILE', help="measure the engine's speed for `treepo-swift simulate`")
     parser.add_argument('--prompts', type=int, default=12, help='prompts of a rollout (default 12)')
     parser.add_argument('--width', type=int, default=16, help='trajectories of a prompt (default 16)')
     parser.add_argument(
         '--modes',
         default='independent,lockstep,stream',
-        help='of independent, lockstep, stream and, with --example, example (default: the first three)')
+        help='of independent, lockstep, stream and, with --example, example (default: the first three)',
+    )
     parser.add_argument(
-        '--workload', choices=KINDS, default='fixed', help='how answers end: at the limit, by themselves, or --lengths')
+        '--workload', choices=KINDS, default='fixed', help='how answers end: at the limit, by themselves, or --lengths'
+    )
     parser.add_argument('--lengths', metavar='FILE', help='JSON list of answer lengths in tokens, for that workload')
     parser.add_argument('--data', metavar='FILE', help='prompts: JSON lines with "messages" (default: made-up ones)')
-    parser.add_argument('--example', metavar='FILE', help='the plugin file of ms-swift\'s tree example')
+    parser.add_argument('--example', metavar='FILE', help="the plugin file of ms-swift's tree example")
     parser.add_argument('--temperature', type=float, default=1.0)
     parser.add_argument('--repeats', type=int, default=5, help='measured runs of each mode (default 5)')
     parser.add_argument('--json', metavar='FILE', help='write all figures there')
@@ -66,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fake(args: argparse.Namespace) -> int:
-    from ..bench import fake
+    from treepo_swift.lab.bench import fake
+
     config = _workload(args).config
     # Imports and warm-up are not what is asked for.
     fake.rollout(config, 1, args.width, packed=True)
@@ -89,12 +93,15 @@ def _estimators(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from ..bench import engine as real
-    from ..bench.fit import fit
+    from treepo_swift.lab.bench import engine as real
+    from treepo_swift.lab.bench.fit import fit
+
     model, error = fit(real.open_engine(args.engine))
     model.to_json(args.fit)
-    print(f'{model}\nIts step times are {error:.1%} off at the points that it was fitted to, in the mean. '
-          f'Written to {args.fit}')
+    print(
+        f'{model}\nIts step times are {error:.1%} off at the points that it was fitted to, in the mean. '
+        f'Written to {args.fit}'
+    )
     return 0
 
 
@@ -110,11 +117,13 @@ def _workload(args: argparse.Namespace) -> Workload:
         messages=read_messages(args.data, args.prompts) if args.data else made_up_messages(args.prompts),
         width=args.width,
         config=config,
-        lengths=LengthDistribution.from_json(args.lengths) if args.lengths else None)
+        lengths=LengthDistribution.from_json(args.lengths) if args.lengths else None,
+    )
 
 
 def _engine(args: argparse.Namespace) -> int:
-    from ..bench import engine as real
+    from treepo_swift.lab.bench import engine as real
+
     modes = args.modes.split(',')
     if unknown := [mode for mode in modes if mode not in real.MODES]:
         raise ValueError(f'--modes {args.modes}: unknown {", ".join(unknown)}; allowed are {", ".join(real.MODES)}.')
@@ -123,8 +132,10 @@ def _engine(args: argparse.Namespace) -> int:
     workload = _workload(args)
     bench = real.Bench(real.open_engine(args.engine), workload, temperature=args.temperature, example=args.example)
     found = real.measure(bench, modes, args.repeats)
-    print(f'\n{found["hardware"]}, {args.prompts} prompts x {args.width}, at most {workload.max_tokens} tokens, '
-          f'{args.workload} ends, medians of {args.repeats} interleaved runs')
+    print(
+        f'\n{found["hardware"]}, {args.prompts} prompts x {args.width}, at most {workload.max_tokens} tokens, '
+        f'{args.workload} ends, medians of {args.repeats} interleaved runs'
+    )
     print(table([_row(mode, summary) for mode, summary in found['modes'].items()]))
     _write(args.json, found)
     return 0

@@ -1,10 +1,11 @@
 """Check the tree config of this shell (TREEPO_CONFIG, TREEPO_* variables) and print it resolved."""
+
 from __future__ import annotations
 
 import argparse
 import sys
 
-from ..config import ConfigError, TreeConfig, reference
+from treepo_swift.config import ConfigError, TreeConfig, reference
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

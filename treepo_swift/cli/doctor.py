@@ -1,13 +1,14 @@
 """Say whether this environment can grow and train on trees, and what to mend."""
+
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import sys
-from typing import Callable
+from collections.abc import Callable
 
-from .. import versions
-from ..config import TreeConfig
+from treepo_swift.compat import versions
+from treepo_swift.config import TreeConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,26 +41,31 @@ def _tested(package: str) -> str:
 
 
 def _accelerator() -> str:
-    from ..cpu import is_cpu_only
+    from treepo_swift.compat.cpu import is_cpu_only
+
     if is_cpu_only():
-        return 'none: treepo_swift.cpu lets the whole loop run on the CPU'
+        return 'none: treepo_swift.compat.cpu lets the whole loop run on the CPU'
     import torch
+
     return f'{torch.accelerator.device_count()} x {torch.accelerator.current_accelerator()}'
 
 
 def _no_foreign_torchvision() -> str:
-    from ..cpu import is_cpu_only
+    from treepo_swift.compat.cpu import is_cpu_only
+
     if not is_cpu_only() or importlib.util.find_spec('torchvision') is None:
         return 'fine'
     try:
         import torchvision  # noqa: F401
     except Exception as e:
-        raise RuntimeError(f'does not load ({e}) and breaks transformers with it: `pip uninstall torchvision '
-                           'torchaudio torchcodec`') from None
+        raise RuntimeError(
+            f'does not load ({e}) and breaks transformers with it: `pip uninstall torchvision torchaudio torchcodec`'
+        ) from None
     return 'fine'
 
 
 def _plugin() -> str:
-    from ..plugin import SCHEDULERS, register
+    from treepo_swift.plugin import SCHEDULERS, register
+
     register()
     return f'registers the schedulers {", ".join(SCHEDULERS)} and the trainer for --rlhf_type grpo'

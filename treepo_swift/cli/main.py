@@ -1,4 +1,5 @@
 """``treepo-swift``: small commands around the plugin."""
+
 from __future__ import annotations
 
 import argparse

@@ -1,4 +1,5 @@
 """Print the path of a plugin file for --external_plugins, writing it first where the package came without one."""
+
 from __future__ import annotations
 
 import argparse

@@ -1,4 +1,5 @@
 """Predict throughput, KV footprint and tail latency at any scale, from the speed of one measured engine."""
+
 from __future__ import annotations
 
 import argparse
@@ -11,25 +12,25 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..bench.table import table
-from ..config import CONFIG_ENV, TreeConfig
-from ..lengths import LengthDistribution
-from ..simulation import SCHEDULES, EngineModel, Result, Setup, read_bench, simulate
+from treepo_swift.config import CONFIG_ENV, TreeConfig
+from treepo_swift.lab.bench.table import table
+from treepo_swift.lab.lengths import LengthDistribution
+from treepo_swift.lab.simulation import SCHEDULES, EngineModel, Result, Setup, read_bench, simulate
 
 CONFIG_SWEEPS = {
     'depth': 'max_depth',
     'segment': 'segment_length',
     'divergence': 'divergence',
-    'root_divergence': 'root_divergence'
+    'root_divergence': 'root_divergence',
 }
 """Sweeps over numbers of the tree config, by its fields."""
 
-EPILOG = '''Columns of the sweeps:
+EPILOG = """Columns of the sweeps:
   tokens/s   decoded tokens; decoded: how many of them for 100 tokens of the trajectories
   batch      sequences of an engine, mean over time
   prefilled  tokens of prompts and prefixes that no cache had; preempted: requests; peak KV: tokens of an engine
   p50        when half of the trees were done, in seconds; tail: time with less than half of the most sequences
-  loop       CPU time of the busiest server's event loop over its engines' time; above 100% it sets the pace'''
+  loop       CPU time of the busiest server's event loop over its engines' time; above 100% it sets the pace"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,10 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--config', metavar='FILE', help='tree config as YAML (default: the defaults)')
     sweeps = parser.add_argument_group('sweeps', 'values separated by commas; every combination is a row')
     sweeps.add_argument(
-        '--schedule', default='stream,independent', help=f'of {", ".join(SCHEDULES)} (default %(default)s)')
+        '--schedule', default='stream,independent', help=f'of {", ".join(SCHEDULES)} (default %(default)s)'
+    )
     sweeps.add_argument('--prompts', default='64', help='of a batch (default %(default)s)')
     sweeps.add_argument('--width', default='16', help='W, trajectories of a prompt (default %(default)s)')
-    sweeps.add_argument('--depth', help='D, most segments of a path (default, as for the next four: the config\'s)')
+    sweeps.add_argument('--depth', help="D, most segments of a path (default, as for the next four: the config's)")
     sweeps.add_argument('--segment', help='S, most tokens of a segment')
     sweeps.add_argument('--divergence', help='d, branches at a boundary')
     sweeps.add_argument('--root-divergence', help='branches at the root')
@@ -57,11 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--arrival',
         dest='priority',
         action='store_false',
-        help='engines take requests in the order in which they come (default, as it is vLLM\'s)')
+        help="engines take requests in the order in which they come (default, as it is vLLM's)",
+    )
     parser.add_argument(
-        '--no-admission', dest='admission', action='store_false', help='trees do not wait for room in the KV cache')
+        '--no-admission', dest='admission', action='store_false', help='trees do not wait for room in the KV cache'
+    )
     parser.add_argument(
-        '--validate', nargs='+', metavar='FILE', help='predict these results of the bench instead of the sweeps')
+        '--validate', nargs='+', metavar='FILE', help='predict these results of the bench instead of the sweeps'
+    )
     parser.add_argument('--json', metavar='FILE', help='write all figures there')
 
 
@@ -95,32 +100,40 @@ def _sweep(model: EngineModel, args: argparse.Namespace) -> list[dict[str, Any]]
 
 def _validate(model: EngineModel, args: argparse.Namespace) -> list[dict[str, Any]]:
     measured = [
-        measurement for path in args.validate
+        measurement
+        for path in args.validate
         for measurement in read_bench(path, priority=args.priority, admission=args.admission, seed=args.seed)
     ]
     if not measured:
-        raise ValueError(f'no run in {", ".join(args.validate)} is of a mode that can be simulated: '
-                         f'{", ".join(SCHEDULES)}.')
+        raise ValueError(
+            f'no run in {", ".join(args.validate)} is of a mode that can be simulated: {", ".join(SCHEDULES)}.'
+        )
     results = _simulate(model, [measurement.setup for measurement in measured])
     errors = [result.seconds / m.seconds - 1 for m, result in zip(measured, results)]
-    rows = [{
-        'file': m.file,
-        'hardware': m.hardware,
-        'mode': m.setup.schedule,
-        'measured s': f'{m.seconds:.2f}',
-        'predicted s': f'{result.seconds:.2f}',
-        'error': f'{error:+.1%}'
-    } for m, result, error in zip(measured, results, errors)]
+    rows = [
+        {
+            'file': m.file,
+            'hardware': m.hardware,
+            'mode': m.setup.schedule,
+            'measured s': f'{m.seconds:.2f}',
+            'predicted s': f'{result.seconds:.2f}',
+            'error': f'{error:+.1%}',
+        }
+        for m, result, error in zip(measured, results, errors)
+    ]
     print(f'Predictions for {model.hardware or args.engine}')
     print(table(rows))
     print(f'mean absolute error {sum(map(abs, errors)) / len(errors):.1%}')
-    return [{
-        'file': m.file,
-        'settings': _settings(m.setup),
-        'measured_seconds': m.seconds,
-        'error': error,
-        'result': asdict(result)
-    } for m, result, error in zip(measured, results, errors)]
+    return [
+        {
+            'file': m.file,
+            'settings': _settings(m.setup),
+            'measured_seconds': m.seconds,
+            'error': error,
+            'result': asdict(result),
+        }
+        for m, result, error in zip(measured, results, errors)
+    ]
 
 
 def _simulate(model: EngineModel, setups: list[Setup]) -> list[Result]:
@@ -133,8 +146,10 @@ def _setups(args: argparse.Namespace) -> list[Setup]:
     lengths = LengthDistribution.from_json(args.lengths) if args.lengths else None
     setups = {}
     for prompts, width, servers, data_parallel, config, schedule in product(
-            *(_integers(args, name) for name in ('prompts', 'width', 'servers', 'data_parallel')), _configs(args),
-            args.schedule.split(',')):
+        *(_integers(args, name) for name in ('prompts', 'width', 'servers', 'data_parallel')),
+        _configs(args),
+        args.schedule.split(','),
+    ):
         setup = Setup(
             config,
             schedule,
@@ -146,7 +161,8 @@ def _setups(args: argparse.Namespace) -> list[Setup]:
             data_parallel=data_parallel,
             priority=args.priority,
             admission=args.admission,
-            seed=args.seed)
+            seed=args.seed,
+        )
         setups.setdefault(tuple(_settings(setup).values()), setup)
     return list(setups.values())
 
@@ -185,7 +201,7 @@ def _settings(setup: Setup) -> dict[str, Any]:
         'mean length': setup.lengths.mean,
         'order': 'priority' if setup.priority else 'arrival',
         'admission': setup.admission if tree else None,
-        'seed': setup.seed
+        'seed': setup.seed,
     }
 
 
@@ -209,5 +225,5 @@ def _figures(result: Result) -> dict[str, str]:
         'p95 s': f'{result.latency_p95:.1f}',
         'p99 s': f'{result.latency_p99:.1f}',
         'tail s': f'{result.tail_seconds:.1f}',
-        'loop': f'{result.event_loop_utilisation:.0%}'
+        'loop': f'{result.event_loop_utilisation:.0%}',
     }

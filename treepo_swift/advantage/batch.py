@@ -1,0 +1,63 @@
+"""From a batch's reports and rewards to an advantage for every loss token, before swift's trainer spreads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from treepo_swift.config import TreeConfig
+from treepo_swift.wire.report import TreeReport
+
+from .normalisation import normalise
+from .registry import estimate, estimate_segments, is_segment_level
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentAdvantages:
+    """Advantages of one trajectory: `values[k]` for its next `tokens[k]` loss tokens."""
+
+    values: list[float]
+    tokens: list[int]
+    mean: float
+    """Over the tokens; the advantage that swift knows of."""
+
+
+def tree_advantages(
+    reports: Sequence[TreeReport], rewards: Sequence[float], lengths: Sequence[int], config: TreeConfig
+) -> list[SegmentAdvantages]:
+    """Normalised advantages of a whole batch, one `SegmentAdvantages` per trajectory.
+
+    An estimator of trajectory level makes one segment of each trajectory. Placeholders are in no baseline and get 0.
+    Arguments are in the same order, over all ranks: what ``rollout_infos['tree']`` says, the weighted reward, and the
+    number of loss tokens (0 where ``--overlong_filter`` takes a trajectory out of the loss).
+    """
+    healthy = [i for i, report in enumerate(reports) if not report.is_placeholder]
+    paths = [[reports[i].id, *reports[i].nodes] for i in healthy]
+    options = dict(
+        estimator=config.estimator,
+        weighting=config.weighting,
+        reject_flat_subgroups=config.reject_flat_subgroups,
+        include_root=config.include_root,
+        count_chains=config.count_chains,
+    )
+    if is_segment_level(config.estimator):
+        raw = estimate_segments(paths, [rewards[i] for i in healthy], **options)
+        tokens = [reports[i].tokens for i in healthy]
+    else:
+        raw = [[value] for value in estimate(paths, [rewards[i] for i in healthy], **options)]
+        tokens = [[sum(reports[i].tokens)] for i in healthy]
+    flat = iter(
+        normalise(
+            [value for values in raw for value in values],
+            [n if lengths[i] else 0 for i, counts in zip(healthy, tokens, strict=True) for n in counts],
+            [reports[i].id for i, values in zip(healthy, raw, strict=True) for _ in values],
+            how=config.normalisation,
+            shift_mean=config.whiten_shift_mean,
+        )
+    )
+    advantages = [SegmentAdvantages([], [], 0.0)] * len(reports)
+    for i, counts in zip(healthy, tokens, strict=True):
+        values = [next(flat) for _ in counts]
+        mean = sum(v * n for v, n in zip(values, counts, strict=True)) / max(sum(counts), 1)
+        advantages[i] = SegmentAdvantages(values, counts, mean)
+    return advantages

@@ -1,0 +1,1 @@
+"""What depends on other packages' versions, and on machines without an accelerator."""

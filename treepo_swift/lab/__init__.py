@@ -1,0 +1,1 @@
+"""Measures and predicts: benchmarks on real engines, and a simulator of many."""

@@ -1,0 +1,404 @@
+"""Independent sampling and trees on one real engine, in turns, so that both meet the machine in the same mood."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import platform
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from treepo_swift.server.vllm_engine import VllmSegmentEngine
+from treepo_swift.wire.note import RequestNote
+from treepo_swift.wire.report import REPORT_KEY, EngineCounters
+
+from .workload import EndingEngine, Workload
+
+if TYPE_CHECKING:
+    from swift.infer_engine import GRPOVllmEngine
+    from swift.infer_engine.protocol import RolloutInferRequest
+
+MODES = ('independent', 'lockstep', 'stream', 'example')
+SAMPLE_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One rollout of the whole workload. Tokens are sampled tokens where nothing else is said."""
+
+    seconds: float
+    trajectory_tokens: int
+    decoded_tokens: int
+    requests: int
+    """Engine requests."""
+    prefilled_tokens: int
+    """Input tokens that were not found in the prefix cache, by vLLM's counters."""
+    prefix_hit_rate: float
+    preemptions: int
+    peak_rss_mib: float
+    """Of this process, which runs the scheduler and vLLM's front end."""
+    peak_kv_usage: float
+    """Share of the KV cache."""
+    tail_seconds: float
+    """At the end, with less than half as many running sequences as at the peak."""
+    lengths: tuple[int, ...]
+    scheduler_cpu_seconds: float = 0.0
+    """Of our own scheduler; only of trees, as the next three."""
+    evicted_tokens: int = 0
+    """Of prefixes that were computed before and had to be computed again."""
+    depths: tuple[int, ...] = ()
+    """Depth of every trajectory."""
+    fallback_depths: tuple[int, ...] = ()
+    """Of those that fallback started."""
+
+
+class Bench:
+    """One engine and a workload. `run` makes one rollout in a mode."""
+
+    def __init__(self, engine: GRPOVllmEngine, workload: Workload, *, temperature: float, example: str | None) -> None:
+        from treepo_swift.server.scheduler import TreeRolloutScheduler
+
+        self._engine = engine
+        self._workload = workload
+        self._temperature = temperature
+        self._requests_sent, self._example_tokens = 0, 0
+        if workload.kind != 'natural':
+            ignore_eos(engine)
+        self._segments = VllmSegmentEngine(engine)
+        ending = self._segments
+        if workload.lengths is not None:
+            ending = EndingEngine(self._segments, workload.lengths, random.Random(0), workload.max_tokens)
+        self._trees = TreeRolloutScheduler(segment_engine=ending, tokenizer=engine.tokenizer)
+        self._example = _load_example(example, engine, workload) if example else None
+        if self._example:
+            self._count_requests()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        info, workload = self._segments.info, self._workload
+        return {
+            'model': info.model,
+            'prompts': len(workload.messages),
+            'width': workload.width,
+            'workload': workload.kind,
+            'max_tokens': workload.max_tokens,
+            'config': workload.config.to_dict(),
+            'temperature': self._temperature,
+            'engine': {**asdict(info), 'max_num_seqs': self._engine.engine.vllm_config.scheduler_config.max_num_seqs},
+        }
+
+    async def warm_up(self, mode: str) -> None:
+        """The same with the first prompt only."""
+        whole = self._workload
+        self._workload = replace(whole, messages=whole.messages[:1])
+        await self.run(mode)
+        self._workload = whole
+
+    async def run(self, mode: str) -> Run:
+        modes: dict[str, Callable[[], Awaitable[Run]]] = {
+            'independent': self._independent,
+            'lockstep': lambda: self._grow('lockstep'),
+            'stream': lambda: self._grow('stream'),
+            'example': self._run_example,
+        }
+        return await modes[mode]()
+
+    async def prompt_tokens(self) -> float:
+        """Mean tokens of a prompt."""
+        prompts = [await self._segments.encode(request) for request in self._requests(1)]
+        return sum(len(prompt.token_ids) for prompt in prompts) / len(prompts)
+
+    def _requests(self, copies: int) -> list[RolloutInferRequest]:
+        from swift.infer_engine.protocol import RolloutInferRequest
+
+        return [
+            RolloutInferRequest(messages=[dict(m) for m in messages], uuid=f'bench-{i}-{k}-{time.monotonic_ns()}')
+            for i, messages in enumerate(self._workload.messages)
+            for k in range(copies)
+        ]
+
+    def _request_config(self, max_tokens: int) -> Any:
+        from swift.infer_engine.protocol import RequestConfig
+
+        # What swift's GRPO trainer asks for.
+        return RequestConfig(max_tokens=max_tokens, temperature=self._temperature, return_details=True, logprobs=True)
+
+    async def _independent(self) -> Run:
+        requests = self._requests(self._workload.width)
+        limits = [self._workload.max_tokens] * len(requests)
+        if self._workload.lengths is not None:
+            dice = random.Random(len(requests))
+            limits = [min(limit, self._workload.lengths.draw(dice)) for limit in limits]
+        async with self._measured() as seen:
+            if len(set(limits)) == 1:
+                outputs = await self._engine.async_infer(requests, self._request_config(limits[0]), use_tqdm=False)
+                choices = [output.response.choices[0] for output in outputs]
+            else:
+                answers = (self._engine.infer_async(r, self._request_config(n)) for r, n in zip(requests, limits))
+                choices = [answer.choices[0] for answer in await asyncio.gather(*answers)]
+        lengths = tuple(len(choice.token_ids) for choice in choices)
+        return seen.run(lengths=lengths, decoded_tokens=sum(lengths), requests=len(requests))
+
+    async def _grow(self, schedule: str) -> Run:
+        requests = self._requests(self._workload.width)
+        note = RequestNote(config=replace(self._workload.config, schedule=schedule).to_dict()).to_dict()
+        for request in requests:
+            request.data_dict = {'treepo': note}
+        async with self._measured() as seen:
+            outputs = await self._trees.rollout(
+                requests, self._request_config(self._workload.max_tokens), use_tqdm=False
+            )
+        reports = [output.rollout_infos[REPORT_KEY] for output in outputs]
+        stats = [report['stats'] for report in reports if 'stats' in report]
+        return seen.run(
+            lengths=tuple(sum(report['tokens']) for report in reports),
+            decoded_tokens=sum(s['decoded_tokens'] for s in stats),
+            requests=sum(s['engine_requests'] for s in stats),
+            scheduler_cpu_seconds=reports[0]['batch']['scheduler_cpu_seconds'],
+            evicted_tokens=sum(s['evicted_tokens'] for s in stats),
+            depths=tuple(report['depth'] for report in reports),
+            fallback_depths=tuple(report['depth'] for report in reports if report['fallback_from'] is not None),
+        )
+
+    async def _run_example(self) -> Run:
+        if self._example is None:
+            raise ValueError('The mode "example" needs --example FILE: the plugin file of ms-swift\'s example.')
+        # A turn of the example is a segment of ours.
+        config = self._request_config(self._workload.config.segment_length)
+        self._requests_sent, self._example_tokens = 0, 0
+        async with self._measured() as seen:
+            outputs = await self._example.async_infer(self._requests(1) * self._workload.width, config, use_tqdm=False)
+        lengths = tuple(sum(map(len, output.response_token_ids)) for output in outputs)
+        return seen.run(lengths=lengths, decoded_tokens=self._example_tokens, requests=self._requests_sent)
+
+    def _count_requests(self) -> None:
+        inner = self._engine.infer_async
+
+        async def infer_async(*args: Any, **kwargs: Any) -> Any:
+            self._requests_sent += 1
+            response = await inner(*args, **kwargs)
+            self._example_tokens += len(response.choices[0].token_ids)
+            return response
+
+        self._engine.infer_async = infer_async
+
+    @asynccontextmanager
+    async def _measured(self) -> AsyncIterator[_Seen]:
+        await self._engine.engine.reset_prefix_cache()
+        seen = _Seen(before=self._segments.counters())
+        watcher = asyncio.ensure_future(seen.watch())
+        started = time.perf_counter()
+        try:
+            yield seen
+        finally:
+            seen.seconds = time.perf_counter() - started
+            watcher.cancel()
+        # vLLM counts a step after it has handed out the step's tokens.
+        await asyncio.sleep(SAMPLE_SECONDS)
+        seen.counted = self._segments.counters().since(seen.before)
+
+
+@dataclass
+class _Seen:
+    """What was watched while a rollout ran."""
+
+    before: EngineCounters
+    counted: EngineCounters | None = None
+    seconds: float = 0.0
+    peak_rss_mib: float = 0.0
+    peak_kv_usage: float = 0.0
+    running: list[tuple[float, float]] = field(default_factory=list)
+    """When how many sequences ran."""
+
+    async def watch(self) -> None:
+        import psutil
+        from vllm.v1.metrics.reader import get_metrics_snapshot
+
+        process, started = psutil.Process(), time.perf_counter()
+        while True:
+            self.peak_rss_mib = max(self.peak_rss_mib, process.memory_info().rss / 2**20)
+            gauges: dict[str, list[float]] = {}
+            for metric in get_metrics_snapshot():
+                gauges.setdefault(metric.name, []).append(getattr(metric, 'value', 0.0))
+            self.peak_kv_usage = max(self.peak_kv_usage, *gauges['vllm:kv_cache_usage_perc'])
+            self.running.append((time.perf_counter() - started, sum(gauges['vllm:num_requests_running'])))
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+    def tail_seconds(self) -> float:
+        half = max(count for _, count in self.running) / 2
+        return max(self.seconds - max(when for when, count in self.running if count >= half), 0.0)
+
+    def run(self, *, lengths: tuple[int, ...], decoded_tokens: int, requests: int, **of_trees: Any) -> Run:
+        """`of_trees`: fields of `Run` that only trees have."""
+        counted = self.counted
+        return Run(
+            seconds=self.seconds,
+            trajectory_tokens=sum(lengths),
+            decoded_tokens=decoded_tokens,
+            requests=requests,
+            prefilled_tokens=counted.prefix_queries - counted.prefix_hits,
+            prefix_hit_rate=counted.prefix_hits / max(counted.prefix_queries, 1),
+            preemptions=counted.preemptions,
+            peak_rss_mib=self.peak_rss_mib,
+            peak_kv_usage=self.peak_kv_usage,
+            tail_seconds=self.tail_seconds(),
+            lengths=lengths,
+            **of_trees,
+        )
+
+
+def open_engine(rollout_args: Sequence[str]) -> GRPOVllmEngine:
+    """The engine that ``swift rollout`` would start with these options, with vLLM's statistics on."""
+    from swift.arguments import RolloutArguments
+    from swift.pipelines.infer.rollout import SwiftRolloutDeploy
+    from swift.utils import parse_args
+
+    from treepo_swift.compat import cpu
+
+    cpu.apply()
+    args, unknown = parse_args(RolloutArguments, [*rollout_args, '--vllm_use_async_engine', 'true'])
+    if unknown:
+        raise ValueError(f'options that `swift rollout` does not know: {" ".join(unknown)}')
+    args.vllm_engine_kwargs = {**(args.vllm_engine_kwargs or {}), 'disable_log_stats': False}
+    return SwiftRolloutDeploy.get_infer_engine(args, template=args.get_template())
+
+
+def measure(bench: Bench, modes: Sequence[str], repeats: int) -> dict[str, Any]:
+    """`repeats` runs of every mode, interleaved, after a warm-up of each that does not count; see `result`."""
+
+    async def all_runs() -> dict[str, Any]:
+        runs: dict[str, list[Run]] = {mode: [] for mode in modes}
+        for mode in modes:
+            await bench.warm_up(mode)
+        with tqdm(total=repeats * len(modes), desc='rollouts', dynamic_ncols=True) as bar:
+            for _ in range(repeats):
+                for mode in modes:
+                    bar.set_postfix_str(mode)
+                    runs[mode].append(await bench.run(mode))
+                    bar.update()
+        return result(bench, runs, await bench.prompt_tokens())
+
+    return asyncio.run(all_runs())
+
+
+def result(bench: Bench, runs: dict[str, list[Run]], prompt_tokens: float) -> dict[str, Any]:
+    """Everything a reader needs, as JSON can carry it. Each figure is the median of its mode's runs."""
+    modes = {mode: _summary(done) for mode, done in runs.items()}
+    baseline = modes.get('independent')
+    for summary in modes.values():
+        if baseline:
+            summary['speed_up'] = summary['trajectories_per_second'] / baseline['trajectories_per_second']
+            # What the saved tokens allow: a tree that decodes half the tokens may be twice as fast.
+            bound = baseline['decoded_tokens_per_trajectory'] / summary['decoded_tokens_per_trajectory']
+            summary['speed_up_of_bound'] = summary['speed_up'] / bound
+    lengths = runs.get('independent') or next(iter(runs.values()))
+    return {
+        'hardware': hardware(),
+        'settings': {**bench.settings, 'prompt_tokens': prompt_tokens},
+        'lengths': list(lengths[0].lengths),
+        'modes': modes,
+    }
+
+
+def _summary(runs: list[Run]) -> dict[str, Any]:
+    count = len(runs[0].lengths)
+    seconds = [run.seconds for run in runs]
+
+    def mid(value: Callable[[Run], float]) -> float:
+        return median(map(value, runs))
+
+    return {
+        'seconds': {'median': median(seconds), 'min': min(seconds), 'max': max(seconds), 'all': seconds},
+        'trajectories_per_second': mid(lambda r: count / r.seconds),
+        'decoded_tokens_per_second': mid(lambda r: r.decoded_tokens / r.seconds),
+        'trajectory_tokens_per_second': mid(lambda r: r.trajectory_tokens / r.seconds),
+        'trajectory_tokens_per_trajectory': mid(lambda r: r.trajectory_tokens / count),
+        'decoded_tokens_per_trajectory': mid(lambda r: r.decoded_tokens / count),
+        'prefilled_tokens_per_trajectory': mid(lambda r: r.prefilled_tokens / count),
+        'requests_per_trajectory': mid(lambda r: r.requests / count),
+        'prefix_hit_rate': mid(lambda r: r.prefix_hit_rate),
+        'evicted_tokens_per_trajectory': mid(lambda r: r.evicted_tokens / count),
+        'preemptions': mid(lambda r: r.preemptions),
+        'scheduler_cpu_share': mid(lambda r: r.scheduler_cpu_seconds / r.seconds),
+        'peak_rss_mib': max(r.peak_rss_mib for r in runs),
+        'peak_kv_usage': max(r.peak_kv_usage for r in runs),
+        'tail_share': mid(lambda r: r.tail_seconds / r.seconds),
+        'depths': _counts(depth for run in runs for depth in run.depths),
+        'fallback_depths': _counts(depth for run in runs for depth in run.fallback_depths),
+    }
+
+
+def _counts(values: Iterable[int]) -> dict[str, int]:
+    return {str(value): count for value, count in sorted(Counter(values).items())}
+
+
+def hardware() -> str:
+    """What this ran on, in a few words."""
+    import torch
+
+    if torch.accelerator.is_available():
+        return f'{torch.accelerator.device_count()} x {torch.cuda.get_device_name()}'
+    cores = len(os.sched_getaffinity(0))
+    return f'{cores} x {platform.machine()} CPU cores'
+
+
+def ignore_eos(engine: GRPOVllmEngine) -> None:
+    """Let every answer run to its limit, on swift's own path as on ours."""
+    inner = engine._prepare_generation_config
+
+    def prepare(request_config: Any) -> Any:
+        sampling = inner(request_config)
+        sampling.ignore_eos = True
+        return sampling
+
+    engine._prepare_generation_config = prepare
+    engine._add_stop_words = lambda *args: None
+
+
+def _load_example(path: str, engine: GRPOVllmEngine, workload: Workload) -> Any:
+    """The scheduler of ms-swift's ``examples/train/grpo/plugin/treepo``, set as our trees are.
+
+    Its file does not import on ms-swift 4.6.0 (`swift.rewards` has no `MultiTurnScheduler` any more): the names
+    that it asks for are lent to it while it loads.
+    """
+    import swift.rewards
+    import swift.rollout
+
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f'--example {path}: no such file.')
+    lent = [name for name in ('MultiTurnScheduler', 'multi_turns') if not hasattr(swift.rewards, name)]
+    for name in lent:
+        setattr(swift.rewards, name, getattr(swift.rollout, name, None) or getattr(swift.rollout.multi_turn, name))
+    sys.path.insert(0, str(file.parent))
+    try:
+        module: ModuleType = importlib.import_module(file.stem)
+    finally:
+        sys.path.remove(str(file.parent))
+        for name in lent:
+            delattr(swift.rewards, name)
+    config = workload.config
+    scheduler = module.TreeRolloutScheduler(engine, config.max_depth)
+    scheduler.max_tree_width = workload.width
+    scheduler.max_tree_deep = config.max_depth
+    scheduler.root_divergence = _single('root_divergence', config.root_divergence)
+    scheduler.max_divergence = _single('divergence', config.divergence)
+    return scheduler
+
+
+def _single(name: str, value: int | tuple[int, int]) -> int:
+    if isinstance(value, tuple):
+        raise ValueError(f"{name}={list(value)}: ms-swift's example takes one number.")
+    return value

@@ -1,1 +1,0 @@
-"""Small pure strategies: how paths branch, where they fall back to, when they stop."""

@@ -1,0 +1,1 @@
+"""Grows trees over an inference engine, inside ``swift rollout``."""

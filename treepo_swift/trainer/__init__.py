@@ -1,0 +1,1 @@
+"""Trains GRPO on trees, inside ``swift rlhf``."""

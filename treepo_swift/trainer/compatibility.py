@@ -1,0 +1,98 @@
+"""Which of swift's GRPO options go together with trees; the others are refused, with the reason, before a model loads.
+
+docs/compatibility.md is the table for users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from treepo_swift.advantage import is_segment_level
+from treepo_swift.config import ConfigError, TreeConfig
+
+if TYPE_CHECKING:
+    from swift.rlhf_trainers import GRPOConfig
+
+SCALE_REWARDS = {'batch': 'whiten', 'none': 'none'}
+"""swift's scaling -> the `normalisation` that does the like for trees. Its default, `group`, can not be told from a
+`group` that somebody asked for, so it contradicts nothing."""
+
+
+def check_options(args: GRPOConfig, config: TreeConfig) -> None:
+    """Raise `ConfigError` with every reason why these options can not train on trees."""
+    reasons = [*_advantage_reasons(args, config), *_segment_reasons(args, config), *_rollout_reasons(args)]
+    if reasons:
+        raise ConfigError('These options can not be used with trees:\n' + '\n'.join(f'  {r}' for r in reasons))
+
+
+def _advantage_reasons(args: GRPOConfig, config: TreeConfig) -> Iterator[str]:
+    if args.advantage_estimator != 'grpo':
+        yield (
+            f'--advantage_estimator {args.advantage_estimator}: with trees the estimator is set in the tree config '
+            f'(now {config.estimator!r}). Set TREEPO_ESTIMATOR={args.advantage_estimator} instead.'
+        )
+    if args.scale_rewards == 'gdpo':
+        yield (
+            '--scale_rewards gdpo: it normalises every reward function by itself within a prompt, but subgroups of '
+            f'a tree compare total rewards. Leave it out; normalisation={config.normalisation!r} applies.'
+        )
+    # Another estimator and loss_type real set scale_rewards by themselves.
+    implied = args.advantage_estimator != 'grpo' or args.loss_type == 'real'
+    wanted = SCALE_REWARDS.get(args.scale_rewards)
+    if wanted not in (None, config.normalisation) and not implied:
+        yield (
+            f'--scale_rewards {args.scale_rewards} with normalisation={config.normalisation!r} in the tree config: '
+            f'tree advantages are scaled by the latter. Set TREEPO_NORMALISATION={wanted}, or leave '
+            '--scale_rewards out.'
+        )
+    if args.loss_type == 'real' and config.normalisation == 'whiten' and config.whiten_shift_mean:
+        yield (
+            '--loss_type real: it only takes the sign of an advantage, which whitening with a mean shift changes. '
+            'Set TREEPO_NORMALISATION=none (or group).'
+        )
+    if args.loss_type == 'real' and args.per_device_train_batch_size % args.num_generations:
+        yield (
+            f'--loss_type real with --per_device_train_batch_size {args.per_device_train_batch_size}: its loss '
+            'compares the answers to a prompt with each other, so every micro-batch must hold whole prompts, '
+            f'a multiple of --num_generations {args.num_generations}.'
+        )
+    if args.kl_in_reward and args.beta != 0.0 and config.reject_flat_subgroups:
+        yield (
+            '--kl_in_reward true with reject_flat_subgroups: with a KL term in them no two rewards are alike, so no '
+            'subgroup would ever be rejected. Use one of the two.'
+        )
+
+
+def _segment_reasons(args: GRPOConfig, config: TreeConfig) -> Iterator[str]:
+    """Options that need one advantage per trajectory, where the estimator gives one per segment."""
+    if not is_segment_level(config.estimator):
+        return
+    estimator = f'estimator={config.estimator!r}, which gives every segment an advantage of its own'
+    if args.loss_type == 'real':
+        yield f'--loss_type real with {estimator}: its loss has one sign per trajectory. Use a trajectory-level one.'
+    if args.importance_sampling_level == 'sequence':
+        yield (
+            f'--importance_sampling_level sequence with {estimator}: all tokens of a trajectory then share one '
+            'gradient, and the differences are lost. Use sequence_token.'
+        )
+    if args.use_liger_kernel:
+        yield (
+            f"--use_liger_kernel true with {estimator}: liger's GRPO loss takes the mean over a trajectory. Leave "
+            'it out.'
+        )
+    if args.advantage_reweight == 'rlsd':
+        yield (
+            f'--advantage_reweight rlsd with {estimator}: it reweights one advantage per trajectory. Use a '
+            'trajectory-level one.'
+        )
+
+
+def _rollout_reasons(args: GRPOConfig) -> Iterator[str]:
+    if args.structured_outputs_regex:
+        yield '--structured_outputs_regex: its automaton would start anew at every segment.'
+    if args.async_generate and args.eval_on_start:
+        yield (
+            '--async_generate true with --eval_on_start true: swift then evaluates on the first training rollout '
+            "and trains on the evaluation's. Use --eval_strategy steps without --eval_on_start."
+        )

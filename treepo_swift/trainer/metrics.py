@@ -1,0 +1,83 @@
+"""The ``tree/*`` metrics of a batch, from the reports that came with its trajectories."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import fields
+from itertools import accumulate
+from typing import Any
+
+from treepo_swift.core.tree import StopReason, TreeStats
+from treepo_swift.wire.report import TreeReport
+
+
+def tree_metrics(
+    reports: Sequence[TreeReport], rewards: Sequence[float], *, rounds: Sequence[int] | None = None
+) -> dict[str, float]:
+    """Metrics of one batch over all ranks.
+
+    Args:
+        reports: of every trajectory.
+        rewards: their rewards, same order.
+        rounds: trajectories of each rollout, in order. ``--dynamic_sample`` may take several for a batch; the trees
+            that it threw away were grown too and count. None: one round.
+    """
+    stats = [report.stats for report in reports if report.stats is not None]
+    total = TreeStats(*(sum(getattr(s, f.name) for s in stats) for f in fields(TreeStats)))
+    stops = Counter(report.stop for report in reports)
+    metrics = {
+        'tree/rounds': len(rounds or [0]),
+        'tree/trees': len(stats),
+        'tree/decoded_tokens': total.decoded_tokens,
+        'tree/independent_tokens': total.trajectory_tokens,
+        'tree/saved_tokens': total.trajectory_tokens - total.decoded_tokens,
+        'tree/saved_fraction': 1 - total.decoded_tokens / max(total.trajectory_tokens, 1),
+        'tree/engine_requests': total.engine_requests,
+        'tree/prefix_hit_rate': total.cached_tokens / max(total.input_tokens, 1),
+        'tree/evicted_tokens': total.evicted_tokens,
+        'tree/forks': total.forks,
+        'tree/fallbacks': total.fallbacks,
+        'tree/failures': total.failures,
+        'tree/turns': total.turns,
+        'tree/environment_tokens': total.environment_tokens,
+        'tree/replayed_turns': total.replayed_turns,
+        'tree/depth': sum(report.depth for report in reports) / len(reports),
+        **{f'tree/stop/{reason.value}': stops[reason] / len(reports) for reason in StopReason},
+        **_flatness(reports, rewards),
+    }
+    # Several servers work on a round at the same time, rounds follow each other.
+    ends = list(accumulate(rounds or [len(reports)]))
+    batches = [[r.batch for r in reports[start:end] if r.batch is not None] for start, end in zip([0, *ends], ends)]
+    if all(batches):
+        metrics['tree/rollout_seconds'] = sum(max(b.seconds for b in servers) for servers in batches)
+        metrics['tree/scheduler_cpu_share'] = max(
+            b.scheduler_cpu_seconds / b.seconds for servers in batches for b in servers
+        )
+        metrics['tree/hung_hooks'] = sum(b.hung_hooks for servers in batches for b in servers)
+        counted = [b.engine for servers in batches for b in servers if b.engine is not None]
+        if counted:
+            # Of the whole engine, as vLLM counts; the rates above are of the trees' own requests.
+            queries = sum(c.prefix_queries for c in counted)
+            metrics['tree/engine_prefix_hit_rate'] = sum(c.prefix_hits for c in counted) / max(queries, 1)
+            metrics['tree/engine_preemptions'] = sum(c.preemptions for c in counted)
+    return {key: float(value) for key, value in metrics.items()}
+
+
+def _flatness(reports: Sequence[TreeReport], rewards: Sequence[float]) -> dict[str, float]:
+    """Share of trees, and of subgroups of two or more below the root, whose rewards are all alike: no signal there."""
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for report, reward in zip(reports, rewards, strict=True):
+        if report.is_placeholder:
+            continue
+        groups.setdefault((report.id,), []).append(reward)
+        for node in report.nodes:
+            groups.setdefault((report.id, node), []).append(reward)
+
+    def share(keys: list[tuple[Any, ...]]) -> float:
+        return sum(min(groups[k]) == max(groups[k]) for k in keys) / max(len(keys), 1)
+
+    return {
+        'tree/flat_trees': share([k for k in groups if len(k) == 1]),
+        'tree/flat_subgroups': share([k for k in groups if len(k) == 2 and len(groups[k]) > 1]),
+    }

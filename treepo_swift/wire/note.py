@@ -1,0 +1,56 @@
+"""`RequestNote`: what the trainer says with a request, in ``RolloutInferRequest.data_dict['treepo']``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from treepo_swift.config import TreeConfig
+
+REQUEST_KEY = 'treepo'
+PROTOCOL = 3
+"""Raised when the note or the report changes its meaning, so that mixed versions refuse each other."""
+
+MODES = ('tree', 'independent', 'probe')
+
+
+@dataclass(frozen=True, slots=True)
+class RequestNote:
+    """The trainer's wishes for one request. The trainer is the source of truth for the config."""
+
+    mode: str = 'tree'
+    """`tree`; `independent` sampling (evaluation); `probe`: score `token_ids` and tell about the engine."""
+    config: dict[str, Any] | None = None
+    num_generations: int | None = None
+    """Trajectories per prompt: a prompt that occurs twice in a batch makes two trees of this width."""
+    step: int = 0
+    """The trainer's global step: it enters the seed, so that a prompt's next tree forks elsewhere."""
+    progress: float = 0.0
+    """Share of the training that is done, 0 to 1: scheduled temperatures follow it."""
+    token_ids: list[int] | None = None
+    packed: bool = False
+    """Whether the trainer takes `PackedOutputs`."""
+    protocol: int = PROTOCOL
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without what is as it is by default: a note goes with every request."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        kept = {f.name: given[f.name] for f in dataclasses.fields(self) if given[f.name] != f.default}
+        return {**kept, 'mode': self.mode, 'protocol': self.protocol}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RequestNote:
+        if values.get('protocol') != PROTOCOL:
+            raise ValueError(
+                f'The trainer speaks treepo protocol {values.get("protocol")}, this server {PROTOCOL}: '
+                'install the same treepo_swift version on both sides.'
+            )
+        note = cls(**values)
+        if note.mode not in MODES:
+            raise ValueError(f'mode={note.mode!r} in a treepo request: allowed are {", ".join(MODES)}.')
+        return note
+
+    def tree_config(self, default: TreeConfig) -> TreeConfig:
+        return default if self.config is None else TreeConfig.from_dict(self.config, where="the trainer's TreeConfig")

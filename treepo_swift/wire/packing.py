@@ -1,0 +1,158 @@
+"""Rollout outputs on the wire: what trajectories share goes once, tokens and log-probs as bytes.
+
+swift sends every token id, mask value and log-prob of every trajectory as a JSON number, and its server walks over each
+of them in Python while the engine waits. Where both sides have this package, the server sends a string per batch
+instead (`PackedOutputs`) and the trainer's HTTP session turns it back into what swift expects (`accept_packed`).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, takewhile
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .report import REPORT_KEY, BatchReport
+
+if TYPE_CHECKING:
+    from requests import Response, Session
+    from swift.infer_engine.protocol import RolloutOutput
+
+IDS, MASK, LOGPROBS = 'response_token_ids', 'response_loss_mask', 'rollout_logprobs'
+TYPES = {IDS: np.int32, MASK: np.int8, LOGPROBS: np.float32}
+"""vLLM computes log-probs in float32, so nothing is lost."""
+
+
+class PackedOutputs:
+    """What `async_infer` returns instead of outputs to a trainer that unpacks them.
+
+    swift's server iterates over it and answers with what comes: one string that FastAPI has nothing to do with.
+    """
+
+    def __init__(self) -> None:
+        self._trees: list[dict[str, Any]] = []
+        self.batch: BatchReport | None = None
+        """Goes into the report of the batch's first output."""
+
+    def add(self, positions: Sequence[int], outputs: Sequence[RolloutOutput]) -> None:
+        """Take the outputs of one tree, which stand at `positions` of the batch."""
+        self._trees.append({'positions': list(positions), **_pack(outputs)})
+
+    def __iter__(self) -> Iterator[str]:
+        batch = None if self.batch is None else self.batch.to_dict()
+        yield json.dumps({'batch': batch, 'trees': self._trees}, separators=(',', ':'), ensure_ascii=False)
+
+
+def unpack(text: str) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """A batch's outputs, as the JSON objects that swift's client expects, and what was said about the batch."""
+    content = json.loads(text)
+    outputs: dict[int, dict[str, Any]] = {}
+    for tree in content['trees']:
+        outputs.update(zip(tree['positions'], _unpack(tree), strict=True))
+    return [outputs[position] for position in range(len(outputs))], content['batch']
+
+
+def accept_packed(sessions: Iterable[Session]) -> None:
+    """Let these HTTP sessions unpack answers; what was said about a batch goes into its first output's report."""
+
+    def unpack_response(response: Response, *args: Any, **kwargs: Any) -> None:
+        read = response.json
+
+        def read_unpacked(**options: Any) -> Any:
+            answer = read(**options)
+            if not (isinstance(answer, list) and answer and all(isinstance(part, str) for part in answer)):
+                return answer
+            outputs = []
+            for part in answer:
+                unpacked, batch = unpack(part)
+                if batch:
+                    unpacked[0]['rollout_infos'][REPORT_KEY]['batch'] = batch
+                outputs += unpacked
+            return outputs
+
+        response.json = read_unpacked
+
+    for session in sessions:
+        session.hooks['response'].append(unpack_response)
+
+
+def _pack(outputs: Sequence[RolloutOutput]) -> dict[str, Any]:
+    """The outputs of one tree without what they share.
+
+    Each column has the lengths of an output's `turns`, what it has in common with an earlier output (`shared`: its
+    index, and how many values), and in `values` what is its own, one output after the other. `messages` begin all
+    histories; where an output has none of its own, they go on with its answer.
+    """
+    rest = [output.model_dump(mode='json', exclude={*TYPES}, exclude_none=True) for output in outputs]
+    histories = [output.pop('messages') for output in rest]
+    common = _common_prefix(histories)
+    for output, messages in zip(rest, histories):
+        if messages[len(common) :] != [_answer(output)]:
+            output['messages'] = messages[len(common) :]
+    columns: dict[str, Any] = {}
+    likest: list[int] = []
+    for name, dtype in TYPES.items():
+        turns = [[len(turn) for turn in getattr(output, name)] for output in outputs]
+        rows = [np.array(list(chain.from_iterable(getattr(output, name))), dtype) for output in outputs]
+        likest = likest or [_likest(rows, index) for index in range(len(rows))]
+        shared = [
+            (other, _shared(rows[other], row) if other < index else 0)
+            for index, (other, row) in enumerate(zip(likest, rows))
+        ]
+        own = np.concatenate([row[count:] for row, (_, count) in zip(rows, shared)])
+        columns[name] = {'turns': turns, 'shared': shared, 'values': _to_text(own)}
+    return {'messages': common, 'outputs': rest, 'columns': columns}
+
+
+def _to_text(values: np.ndarray) -> str:
+    # Nothing is to be gained from the mantissas of floats.
+    data = values.tobytes() if values.dtype == np.float32 else zlib.compress(values.tobytes(), 1)
+    return base64.b64encode(data).decode()
+
+
+def _from_text(text: str, dtype: type) -> np.ndarray:
+    data = base64.b64decode(text)
+    return np.frombuffer(data if dtype is np.float32 else zlib.decompress(data), dtype)
+
+
+def _common_prefix(histories: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    same = takewhile(lambda messages: all(m == messages[0] for m in messages), zip(*histories))
+    return [messages[0] for messages in same]
+
+
+def _answer(output: dict[str, Any]) -> dict[str, Any]:
+    return {'role': 'assistant', 'content': output['response']['choices'][0]['message']['content']}
+
+
+def _likest(rows: Sequence[np.ndarray], index: int) -> int:
+    """Which earlier row has the longest common beginning with row `index`; `index` itself where there is none."""
+    return max(range(index), key=lambda other: _shared(rows[other], rows[index]), default=index)
+
+
+def _shared(one: np.ndarray, other: np.ndarray) -> int:
+    """How many values the two have in common at their beginning."""
+    size = min(len(one), len(other))
+    differ = one[:size] != other[:size]
+    first = int(differ.argmax()) if size else 0
+    return first if size and differ[first] else size
+
+
+def _unpack(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    outputs = tree['outputs']
+    for output in outputs:
+        output['messages'] = tree['messages'] + output.get('messages', [_answer(output)])
+    for name, dtype in TYPES.items():
+        column = tree['columns'][name]
+        values = _from_text(column['values'], dtype)
+        rows: list[np.ndarray] = []
+        begin = 0
+        for output, turns, (other, count) in zip(outputs, column['turns'], column['shared'], strict=True):
+            end = begin + sum(turns) - count
+            rows.append(np.concatenate([rows[other][:count], values[begin:end]]) if count else values[begin:end])
+            begin = end
+            output[name] = [part.tolist() for part in np.split(rows[-1], np.cumsum(turns[:-1]))] if turns else []
+    return outputs
