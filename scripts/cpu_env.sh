@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Creates .venv with everything that the quickstart and the tests need on a machine without a GPU. Does nothing
-# when it is there and setup.cfg has not changed. PYTHON=python3.11 chooses the interpreter.
+# when it is there and the dependencies in pyproject.toml have not changed. PYTHON=python3.11 chooses the interpreter.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
-stamp=$venv/.installed-$(cksum <"$root/setup.cfg" | tr -d ' ')
+# Without the settings of ruff, mypy and pytest, which come last.
+stamp=$venv/.installed-$(sed '/^\[tool\./,$d' "$root/pyproject.toml" | cksum | tr -d ' ')
 [ -f "$stamp" ] && exit 0
 
 say() { echo "[environment] $*"; }
