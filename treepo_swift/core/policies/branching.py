@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,20 +37,25 @@ class BranchingPolicy(Protocol):
 branching_policies: Registry[BranchingPolicy] = Registry('branching policy')
 
 
-@branching_policies.register('even')
+def register_branching(name: str) -> Callable[[BranchingPolicy], BranchingPolicy]:
+    """Decorator: make a `BranchingPolicy` available as ``branching: <name>``."""
+    return branching_policies.register(name)
+
+
+@register_branching('even')
 def even(live: Sequence[Path], total: int, context: BranchContext) -> list[int]:
     """The same number for every path; what is left over goes to paths drawn by a seeded shuffle."""
     return share_out([1.0] * len(live), total, context.rng)
 
 
-@branching_policies.register('logprob')
+@register_branching('logprob')
 def logprob(live: Sequence[Path], total: int, context: BranchContext) -> list[int]:
     """By a softmax over each path's log-prob score (arXiv 2508.17445, section 4.4)."""
     scores = [path_score(path, context.config.branch_score) for path in live]
     return share_out(softmax(scores, context), total, context.rng)
 
 
-@branching_policies.register('entropy')
+@register_branching('entropy')
 def entropy(live: Sequence[Path], total: int, context: BranchContext) -> list[int]:
     """By a softmax over the mean token entropy of each path's last segment; high entropy is low certainty."""
     lasts = [last_segment(path) for path in live]

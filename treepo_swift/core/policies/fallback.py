@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,9 @@ REASONS = {
     'finished': (StopReason.ANSWER, StopReason.EOS, StopReason.STOP_STRING, StopReason.HOOK),
 }
 """Paths that came to an end of their own show a prefix worth another try."""
+
+WITHOUT_CUT = ('root', 'none')
+"""Values of `fallback` that name no cut policy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +45,26 @@ class CutPolicy(Protocol):
 cut_policies: Registry[CutPolicy] = Registry('fallback')
 
 
-@cut_policies.register('random_segment')
+def register_fallback(name: str) -> Callable[[CutPolicy], CutPolicy]:
+    """Decorator: make a `CutPolicy` available as ``fallback: <name>``."""
+    if name in WITHOUT_CUT:
+        raise ValueError(f'fallback {name!r} cuts nothing, so no cut policy can have this name: choose another.')
+    return cut_policies.register(name)
+
+
+@register_fallback('random_segment')
 def random_segment(path: Path, context: CutContext) -> int:
     """One of the segment boundaries, each as likely as the others (the paper's)."""
     return context.rng.choice(context.boundaries)
 
 
-@cut_policies.register('random_token')
+@register_fallback('random_token')
 def random_token(path: Path, context: CutContext) -> int:
     """Anywhere, each token as likely as the others."""
     return context.rng.randint(context.low, context.high)
 
 
-@cut_policies.register('random_block')
+@register_fallback('random_block')
 def random_block(path: Path, context: CutContext) -> int:
     """A multiple of `fallback_block`: misaligned where that is not a multiple of the segment length."""
     block = context.config.fallback_block
@@ -62,7 +72,7 @@ def random_block(path: Path, context: CutContext) -> int:
     return context.rng.choice(range(first, context.high + 1, block) or [context.low])
 
 
-@cut_policies.register('min_logprob_token')
+@register_fallback('min_logprob_token')
 def min_logprob_token(path: Path, context: CutContext) -> int:
     """Before the least probable token, which is sampled anew."""
     logprobs = _logprobs_by_position(path)
@@ -70,7 +80,7 @@ def min_logprob_token(path: Path, context: CutContext) -> int:
     return min(sampled, key=logprobs.__getitem__, default=context.low)
 
 
-@cut_policies.register('logprob_block')
+@register_fallback('logprob_block')
 def logprob_block(path: Path, context: CutContext) -> int:
     """The beginning of a block of `fallback_block` tokens, drawn by a softmax over the blocks' mean log-probs."""
     logprobs, block = _logprobs_by_position(path), context.config.fallback_block
