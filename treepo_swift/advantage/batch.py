@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from treepo_swift.config import TreeConfig
 from treepo_swift.wire.report import TreeReport
@@ -33,7 +34,7 @@ def tree_advantages(
     """
     healthy = [i for i, report in enumerate(reports) if not report.is_placeholder]
     paths = [[reports[i].id, *reports[i].nodes] for i in healthy]
-    options = dict(
+    options: dict[str, Any] = dict(
         estimator=config.estimator,
         weighting=config.weighting,
         reject_flat_subgroups=config.reject_flat_subgroups,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from itertools import chain
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -19,14 +19,17 @@ LEVELS = ('trajectory', 'segment')
 class AdvantageEstimator(Protocol):
     """Trajectory level."""
 
-    def __call__(self, paths: Sequence[TreePath], rewards: Sequence[float], **options: Any) -> list[float]:
+    # With `*args` a type checker lets an estimator name the options that it reads.
+    def __call__(self, paths: Sequence[TreePath], rewards: Sequence[float], *args: Any, **options: Any) -> list[float]:
         """Return one advantage per trajectory, before normalisation."""
 
 
 class SegmentAdvantageEstimator(Protocol):
     """Segment level."""
 
-    def __call__(self, paths: Sequence[TreePath], rewards: Sequence[float], **options: Any) -> list[list[float]]:
+    def __call__(
+        self, paths: Sequence[TreePath], rewards: Sequence[float], *args: Any, **options: Any
+    ) -> list[list[float]]:
         """Return one list per trajectory, with one advantage per node after the root, before normalisation."""
 
 
@@ -95,7 +98,7 @@ def estimate(
     if is_segment_level(estimator):
         raise ValueError(f'estimator={estimator!r} gives one value per segment: call estimate_segments.')
     _check_batch(paths, rewards)
-    values = _estimators[estimator](
+    values = cast(AdvantageEstimator, _estimators[estimator])(
         paths,
         rewards,
         weighting=weighting,
@@ -121,7 +124,7 @@ def estimate_segments(
 
     An estimator of trajectory level repeats its value for every node. Arguments and errors are those of `estimate`.
     """
-    options = dict(
+    options: dict[str, Any] = dict(
         weighting=weighting,
         reject_flat_subgroups=reject_flat_subgroups,
         include_root=include_root,
@@ -131,7 +134,7 @@ def estimate_segments(
         values = estimate(paths, rewards, estimator=estimator, **options)
         return [[value] * (len(path) - 1) for path, value in zip(paths, values, strict=True)]
     _check_batch(paths, rewards)
-    segments = _estimators[estimator](paths, rewards, **options)
+    segments = cast(SegmentAdvantageEstimator, _estimators[estimator])(paths, rewards, **options)
     _check_result(
         estimator,
         list(chain.from_iterable(segments)),

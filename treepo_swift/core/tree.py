@@ -86,7 +86,7 @@ class Node:
     @property
     def turn_start(self) -> Node:
         """The node at whose end the turn begins that goes on after this node."""
-        return self if self.begins_turn else self.start
+        return self if self.begins_turn or self.start is None else self.start
 
     def lineage(self, since: Node | None = None) -> list[Node]:
         """The nodes from the first one after the root (or after `since`) to this one."""
@@ -115,7 +115,7 @@ def sampled_tokens(node: Node) -> int:
 def turns_before(node: Node) -> int:
     """How many turns have ended on the way to the one that goes on after `node`."""
     start, turns = node.turn_start, 0
-    while start.parent is not None:
+    while start.start is not None:
         start, turns = start.start, turns + 1
     return turns
 
@@ -123,8 +123,8 @@ def turns_before(node: Node) -> int:
 def last_ids(node: Node, count: int) -> list[int]:
     """The last `count` tokens of a turn up to the end of `node`, fewer where there are fewer."""
     tail: list[int] = []
-    current = node
-    while not current.begins_turn and len(tail) < count:
+    current: Node | None = node
+    while current is not None and not current.begins_turn and len(tail) < count:
         tail = current.token_ids[len(tail) - count :].tolist() + tail
         current = current.parent
     return tail
@@ -145,6 +145,11 @@ class Path:
     """1, 2, ... in the order in which paths started, the same for every order of the engine's answers; 0 before."""
     outcome: Any = None
     """What the hooks made of a trajectory, None where there was no hook to ask."""
+
+    @property
+    def is_placeholder(self) -> bool:
+        """Whether it ended without a trajectory."""
+        return self.stop is not None and self.stop.is_placeholder
 
 
 @dataclass(slots=True)
@@ -237,15 +242,15 @@ class Tree:
         node = path.leaf
         if not 0 <= position <= node.length:
             raise ValueError(f'position {position} of a path with {node.length} tokens.')
-        while node.length > position and node.parent.length >= position:
+        while node.length > position and node.parent is not None and node.parent.length >= position:
             node = node.parent
         return node if node.length == position else self._split(node, position)
 
     def _split(self, node: Node, position: int) -> Node:
         """Move the tokens of `node` before `position` to a new node above it, and return that."""
-        if not node.sampled:
-            raise ValueError(f'position {position} is inside what an environment said: no path can go on from there.')
         parent = node.parent
+        if parent is None or not node.sampled:
+            raise ValueError(f'position {position} is inside what an environment said: no path can go on from there.')
         count = position - parent.length
         entropies = node.entropies
         upper = Node(

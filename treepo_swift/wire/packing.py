@@ -142,7 +142,7 @@ def _shared(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def _unpack(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    outputs = tree['outputs']
+    outputs: list[dict[str, Any]] = tree['outputs']
     for output in outputs:
         output['messages'] = tree['messages'] + output.get('messages', [_answer(output)])
     for name, dtype in TYPES.items():
