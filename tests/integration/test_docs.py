@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
-import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -16,12 +16,27 @@ BLOCK = re.compile(r'^```python\n(.*?)^```(?:\s*prints\s*```text\n(.*?)^```)?', 
 PAGES = [page for page in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))) if BLOCK.search(page.read_text())]
 
 
+def run(code: str, folder: Path) -> None:
+    """The whole life of a process: what it prints goes to files in `folder`, where it runs."""
+    os.chdir(folder)
+    for number, name in ((1, 'out'), (2, 'err')):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    try:
+        exec(code, {'__name__': '__main__'})
+    except BaseException:
+        traceback.print_exc()
+        raise
+
+
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
-def test_examples_run(page, tmp_path):
+def test_examples_run(page, tmp_path, loaded):
     for code, printed in BLOCK.findall(page.read_text()):
-        result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr[-2000:]
-        assert not printed or result.stdout == printed
+        process = loaded.Process(target=run, args=(code, tmp_path))
+        process.start()
+        process.join(240)
+        process.kill()
+        assert process.exitcode == 0, (tmp_path / 'err').read_text()[-2000:]
+        assert not printed or (tmp_path / 'out').read_text() == printed
 
 
 def test_links_between_pages_lead_somewhere():
