@@ -13,7 +13,8 @@ pytest.importorskip('swift')
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r'^```python\n(.*?)^```(?:\s*prints\s*```text\n(.*?)^```)?', re.DOTALL | re.MULTILINE)
-PAGES = [page for page in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))) if BLOCK.search(page.read_text())]
+DOCS = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
+PAGES = [page for page in DOCS if BLOCK.search(page.read_text())]
 
 
 def run(code: str, folder: Path) -> None:
@@ -40,6 +41,13 @@ def test_examples_run(page, tmp_path, loaded):
 
 
 def test_links_between_pages_lead_somewhere():
-    for page in (ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'), *(ROOT / 'examples').rglob('*.md')):
+    for page in (*DOCS, *(ROOT / 'examples').rglob('*.md')):
         for target in re.findall(r'\]\((?!https?:|#)([^)#]+)', page.read_text()):
             assert (page.parent / target).exists(), f'{page.name}: {target}'
+
+
+def test_files_that_pages_name_are_there():
+    for page in DOCS:
+        for name in re.findall(r'`((?:treepo_swift|tests|docs|scripts|plugin)/[\w./-]*)`', page.read_text()):
+            path = ROOT / name
+            assert path.exists() or path.with_suffix('.py').exists(), f'{page.name}: {name}'
