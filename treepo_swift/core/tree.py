@@ -79,6 +79,12 @@ class Node:
     """What the text checks know at the end of this node, None until somebody asked."""
 
     @property
+    def above(self) -> Node:
+        """The parent of a node that has one: of every node but the root."""
+        assert self.parent is not None, 'the root has no parent'
+        return self.parent
+
+    @property
     def begins_turn(self) -> bool:
         """Whether a turn begins at its end: at the root, and after an environment."""
         return not self.sampled or self.parent is None
@@ -123,10 +129,10 @@ def turns_before(node: Node) -> int:
 def last_ids(node: Node, count: int) -> list[int]:
     """The last `count` tokens of a turn up to the end of `node`, fewer where there are fewer."""
     tail: list[int] = []
-    current: Node | None = node
-    while current is not None and not current.begins_turn and len(tail) < count:
+    current = node
+    while not current.begins_turn and len(tail) < count:
         tail = current.token_ids[len(tail) - count :].tolist() + tail
-        current = current.parent
+        current = current.above
     return tail
 
 
@@ -242,15 +248,15 @@ class Tree:
         node = path.leaf
         if not 0 <= position <= node.length:
             raise ValueError(f'position {position} of a path with {node.length} tokens.')
-        while node.length > position and node.parent is not None and node.parent.length >= position:
-            node = node.parent
+        while node.length > position and node.above.length >= position:
+            node = node.above
         return node if node.length == position else self._split(node, position)
 
     def _split(self, node: Node, position: int) -> Node:
         """Move the tokens of `node` before `position` to a new node above it, and return that."""
-        parent = node.parent
-        if parent is None or not node.sampled:
+        if not node.sampled:
             raise ValueError(f'position {position} is inside what an environment said: no path can go on from there.')
+        parent = node.above
         count = position - parent.length
         entropies = node.entropies
         upper = Node(
