@@ -109,8 +109,8 @@ class Bench:
     async def run(self, mode: str) -> Run:
         modes: dict[str, Callable[[], Awaitable[Run]]] = {
             'independent': self._independent,
-            'lockstep': lambda: self._grow('lockstep'),
-            'stream': lambda: self._grow('stream'),
+            'lockstep': lambda: self._grow(by_segment=True),
+            'stream': lambda: self._grow(by_segment=False),
             'example': self._run_example,
         }
         return await modes[mode]()
@@ -151,9 +151,10 @@ class Bench:
         lengths = tuple(len(choice.token_ids) for choice in choices)
         return seen.run(lengths=lengths, decoded_tokens=sum(lengths), requests=len(requests))
 
-    async def _grow(self, schedule: str) -> Run:
+    async def _grow(self, *, by_segment: bool) -> Run:
         requests = self._requests(self._workload.width)
-        note = RequestNote(config=replace(self._workload.config, schedule=schedule).to_dict()).to_dict()
+        note = RequestNote(config=self._workload.config.to_note()).to_dict()
+        self._trees.by_segment = by_segment
         for request in requests:
             request.data_dict = {'treepo': note}
         async with self._measured() as seen:
