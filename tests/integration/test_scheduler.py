@@ -606,39 +606,22 @@ def test_arrival_order_changes_nothing():
     assert seeded(0.0) == seeded(0.01)
 
 
-def test_a_path_is_one_request_and_both_schedules_grow_the_same_tree():
+def test_a_path_is_one_request_and_asking_by_segment_grows_the_same_tree():
     """The engine's answers depend on the prefix alone, so that they are the same for whoever asks."""
 
     def speak(context: list[int], max_tokens: int, seed: int) -> Segment:
         return sample(context, max_tokens, 0, eos_every=60)
 
-    def grown(schedule: str):
+    def grown(by_segment: bool):
         engine = FakeEngine(speak=speak)
-        config = changed(CONFIG, schedule=schedule, fallback='random_token')
-        outputs = rollout(requests(*'aabbaabb', config=config), scheduler(engine))
+        target = scheduler(engine)
+        target.by_segment = by_segment
+        outputs = rollout(requests(*'aabbaabb', config=changed(CONFIG, fallback='random_token')), target)
         return engine, [(o.response_token_ids, tree_of(o)['nodes'], tree_of(o)['stop']) for o in outputs]
 
-    (stream, streamed), (lockstep, stepped) = grown('stream'), grown('lockstep')
+    (stream, streamed), (lockstep, stepped) = grown(False), grown(True)
     assert streamed == stepped
     assert stream.requests < lockstep.requests == len(lockstep.inputs)
-
-
-def test_the_longest_trees_start_first_where_asked():
-    """'b' answers at length, which the scheduler knows when it sees it again."""
-
-    def speak(context: list[int], max_tokens: int, seed: int) -> Segment:
-        return segment_of([97] * max_tokens) if context[0] == ord('b') else segment_of([97, EOS], StopReason.EOS)
-
-    def order(tree_order: str) -> list[str]:
-        engine = FakeEngine(speak=speak)
-        config = changed(CONFIG, tree_order=tree_order, stop_at_repetition=False)
-        target = scheduler(engine)
-        rollout(requests(*'aabbcc', config=config), target)
-        engine.inputs.clear()
-        rollout(requests(*'aabbcc', config=config), target)
-        return list(dict.fromkeys(chr(context[0]) for context in engine.inputs))
-
-    assert order('arrival') == ['a', 'b', 'c'] and order('longest_first') == ['b', 'a', 'c']
 
 
 def test_trees_wait_for_room_in_the_kv_cache_and_stay_on_their_rank():
@@ -656,7 +639,7 @@ def test_trees_wait_for_room_in_the_kv_cache_and_stay_on_their_rank():
 
 
 def test_prefixes_that_the_engine_has_dropped_are_counted():
-    def evicted(forgets: bool, schedule: str) -> int:
+    def evicted(forgets: bool, by_segment: bool) -> int:
         class Caching(FakeEngine):
             async def generate(self, prompt, response_ids, **kwargs):
                 known = (len(prompt.token_ids) + len(response_ids) - 1) // 16 * 16
@@ -664,14 +647,15 @@ def test_prefixes_that_the_engine_has_dropped_are_counted():
                     yield dataclasses.replace(segment, cached_tokens=0 if forgets else known)
                     known = 0
 
-        config = changed(CONFIG, schedule=schedule)
-        outputs = rollout(requests(*['a prompt of 19 byte'] * 8, config=config), scheduler(Caching()))
+        target = scheduler(Caching())
+        target.by_segment = by_segment
+        outputs = rollout(requests(*['a prompt of 19 byte'] * 8), target)
         return tree_of(outputs[0])['stats']['evicted_tokens']
 
-    for schedule in ('stream', 'lockstep'):
-        assert evicted(False, schedule) == 0
+    for by_segment in (False, True):
+        assert evicted(False, by_segment) == 0
         # Whole blocks only: 19 tokens of the prompt and 16 of a segment fill two of 16.
-        assert evicted(True, schedule) >= 32 and evicted(True, schedule) % 16 == 0
+        assert evicted(True, by_segment) >= 32 and evicted(True, by_segment) % 16 == 0
 
 
 def test_reports_of_ten_thousand_trajectories_are_small():

@@ -49,6 +49,7 @@ def build_trainer(
     """A trainer that has only what rewards and advantages need, and its samples. `world` is (rank, ranks)."""
     from swift.rl_core.data import GRPOSample
 
+    from tests.flat import flat
     from treepo_swift.trainer.trainer import TreeGRPOTrainer
 
     def reward(completions: list[str], **kwargs: Any) -> list[Any]:
@@ -378,11 +379,12 @@ def options(**changes: Any) -> SimpleNamespace:
     ],
 )
 def test_options_that_can_not_work_are_refused_with_the_reason(changes, config, message):
-    from treepo_swift.config import ConfigError, TreeConfig
+    from tests.flat import flat
+    from treepo_swift.config import ConfigError
     from treepo_swift.trainer.compatibility import check_options
 
     with pytest.raises(ConfigError, match=message):
-        check_options(options(**changes), TreeConfig.from_dict(config))
+        check_options(options(**changes), flat(**config))
 
 
 @pytest.mark.parametrize(
@@ -398,7 +400,7 @@ def test_options_that_can_not_work_are_refused_with_the_reason(changes, config, 
     ],
 )
 def test_options_that_work_are_let_through(changes, config):
-    from treepo_swift.config import TreeConfig
+    from tests.flat import flat
     from treepo_swift.trainer.compatibility import check_options
 
-    check_options(options(**changes), TreeConfig.from_dict(config))
+    check_options(options(**changes), flat(**config))

@@ -107,12 +107,11 @@ def test_a_turn_goes_on_from_all_tokens_of_the_turn_before():
         assert output.rollout_infos['turn 1'] == 3 and output.rollout_infos['turn 2'] == 5
 
 
-@pytest.mark.parametrize('schedule', ['stream', 'lockstep'])
+@pytest.mark.parametrize('by_segment', [False, True])
 @pytest.mark.parametrize('fork_at', ['both', 'segment', 'turn'])
-def test_shared_nodes_mean_shared_turns(schedule, fork_at):
-    outputs = talk(
-        config=flat(segment_length=2, max_depth=8, answer='none', fork_at=fork_at, schedule=schedule, root_divergence=1)
-    )
+def test_shared_nodes_mean_shared_turns(by_segment, fork_at):
+    tree = type('Tree', (ChatTree,), {'by_segment': by_segment})
+    outputs = talk(tree, config=flat(segment_length=2, max_depth=8, answer='none', fork_at=fork_at, root_divergence=1))
     check_laws(outputs)
     for a in outputs:
         for b in outputs:
@@ -121,8 +120,8 @@ def test_shared_nodes_mean_shared_turns(schedule, fork_at):
                 if x != y:
                     break
                 shared += count
-            flat = [[token for ids in o.response_token_ids for token in ids] for o in (a, b)]
-            assert flat[0][:shared] == flat[1][:shared]
+            sampled = [[token for ids in o.response_token_ids for token in ids] for o in (a, b)]
+            assert sampled[0][:shared] == sampled[1][:shared]
     assert len({str(o.response_token_ids) for o in outputs}) > 4
 
 

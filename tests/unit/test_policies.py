@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.builders import grow, make_search
 from tests.flat import flat
+from treepo_swift.config import TreeConfig
 from treepo_swift.core.budgets import expected_saving, next_width, paced_width
 from treepo_swift.core.policies.branching import (
     BranchContext,
@@ -116,10 +117,57 @@ def test_a_policy_of_ones_own_takes_five_lines():
         config = flat(segment_length=4, max_depth=3, branching='test_longest')
         assert grow(make_search(config, 8)).done
         branching_policies._entries['test_longest'] = lambda live, total, context: [0] * len(live)
-        with pytest.raises(ValueError, match="'test_longest' returned .*at least one"):
-            grow(make_search(config, 8))
+        (error,) = {path.error for path in grow(make_search(config, 8)).tree.trajectories}
+        assert error.startswith("branching policy 'test_longest' returned [0, 0] for 2 live paths and 4 branches")
     finally:
         del branching_policies._entries['test_longest']
+
+
+def test_options_reach_a_policy_of_ones_own():
+    @branching_policies.register('test_weighted')
+    def weighted(live, total, context):
+        favourite = context.config.branching.options['favourite']
+        return [1 + (total - len(live)) * (i == favourite) for i in range(len(live))]
+
+    @cut_policies.register('test_keep')
+    def keep(path, context):
+        return max(context.low, min(context.config.fallback.options['tokens'], context.high))
+
+    try:
+        config = TreeConfig(
+            segment_length=4,
+            max_depth=3,
+            branching={'policy': 'test_weighted', 'options': {'favourite': 1}},
+            fallback={'policy': 'test_keep', 'options': {'tokens': 3}, 'candidates': 'any'},
+            divergence=1,
+        )
+        search = grow(make_search(config, 8))
+        assert all(path.error is None for path in search.tree.trajectories)
+        cuts = [path for path in search.tree.trajectories if path.fallback_from is not None]
+        assert cuts and all(any(node.length == 3 for node in path.leaf.lineage()) for path in cuts)
+        with pytest.raises(KeyError, match='favourite'):
+            weighted([1, 2], 4, BranchContext(config.replace(branching={'policy': 'test_weighted'}), random.Random(0)))
+    finally:
+        del branching_policies._entries['test_weighted'], cut_policies._entries['test_keep']
+
+
+@pytest.mark.parametrize('kind', ['branching', 'fallback'])
+def test_a_policy_that_raises_fails_its_tree_and_is_named(kind):
+    registry = branching_policies if kind == 'branching' else cut_policies
+
+    @registry.register('test_raises')
+    def raises(paths, *context):
+        raise ZeroDivisionError('by nothing')
+
+    try:
+        divergence = 1 if kind == 'fallback' else 2
+        config = TreeConfig(segment_length=4, max_depth=3, divergence=divergence, **{kind: 'test_raises'})
+        search = grow(make_search(config, 8))
+        failed = [path for path in search.tree.trajectories if path.stop is StopReason.FAILED]
+        assert search.done and failed
+        assert all("'test_raises' raised ZeroDivisionError: by nothing" in path.error for path in failed)
+    finally:
+        del registry._entries['test_raises']
 
 
 def test_pacing_spreads_the_forks_and_says_what_it_saves():

@@ -287,8 +287,8 @@ class LoopRepetition(Section):
     characters: Positive = 500
     """Fewest characters of all repeats together."""
     near_characters: NotNegative = 0
-    """Also stop at so many characters in a row that hold nothing new but digits ("Step 17: ... Step 18: ..."); 0: do not
-    look. Long honest enumerations look the same; 2000 stopped no finished answer of 9,882 (docs/policies.md)."""
+    """Also stop at so many characters in a row that hold nothing new but digits ("Step 17: ... Step 18: ..."). 0 does
+    not look for them: long honest enumerations look the same. See docs/policies.md for figures."""
 
 
 class WindowRepetition(Section):
