@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from treepo_swift.server.gym import TreeGymScheduler
     from treepo_swift.server.scheduler import TreeRolloutScheduler
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 __all__ = [
     'ConfigError',
     'Node',

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import treepo_swift
+
 pytest.importorskip('swift')
 
 ROOT = Path(__file__).parents[2]
@@ -51,3 +53,18 @@ def test_files_that_pages_name_are_there():
         for name in re.findall(r'`((?:treepo_swift|tests|docs|scripts|plugin)/[\w./-]*)`', page.read_text()):
             path = ROOT / name
             assert path.exists() or path.with_suffix('.py').exists(), f'{page.name}: {name}'
+
+
+def test_modules_that_the_docs_name_exist():
+    for page in (*DOCS, *(ROOT / 'examples').rglob('*.md')):
+        text = page.read_text()
+        for path in re.findall(r'\btreepo_swift/[\w/]+(?:\.py)?', text):
+            assert (ROOT / path).exists(), f'{page.name}: {path}'
+        for name in re.findall(r'\btreepo_swift((?:\.\w+)+)', text):
+            parts = name.strip('.').split('.')
+            while parts and not (ROOT / 'treepo_swift' / Path(*parts)).with_suffix('.py').exists():
+                if (ROOT / 'treepo_swift' / Path(*parts)).is_dir():
+                    break
+                parts.pop()
+            public = name.strip('.').split('.')[0] in treepo_swift.__all__
+            assert parts or public, f'{page.name}: treepo_swift{name}'

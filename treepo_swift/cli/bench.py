@@ -109,7 +109,7 @@ def _workload(args: argparse.Namespace) -> Workload:
     config = TreeConfig.load()
     if args.workload != 'natural':
         # Text that nobody meant to end must not look like an end.
-        config = TreeConfig.from_dict({**config.to_dict(), 'answer': 'none', 'stop_at_repetition': False})
+        config = config.replace(stop={'answer': 'none', 'repetition': 'none'})
     return Workload(
         kind=args.workload,
         messages=read_messages(args.data, args.prompts) if args.data else made_up_messages(args.prompts),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,7 @@ def _configs(args: argparse.Namespace) -> list[TreeConfig]:
     }
     if args.pacing:
         sweeps['pacing'] = args.pacing.split(',')
-    return [replace(config, **dict(zip(sweeps, values))) for values in product(*sweeps.values())]
+    return [config.replace(**dict(zip(sweeps, values))) for values in product(*sweeps.values())]
 
 
 def _integers(args: argparse.Namespace, name: str) -> list[int]:

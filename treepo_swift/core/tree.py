@@ -65,18 +65,14 @@ class Node:
     """Response tokens from the root to the end of this node, an environment's included."""
     start: Node | None = field(default=None, repr=False)
     """Where the turn that this node belongs to began, None at the root; see `turn_start`."""
-    turn: Any = field(default=None, repr=False)
-    """What begins at the end of this node, for whoever asks the hooks: None inside a turn."""
     sampled: bool = True
     """False for the tokens of an environment: they are never trained on."""
     entropies: list[float] | None = None
     """Entropy of the sampling distribution at each token in nats, where a policy asked for it."""
     id: int = 0
     """1, 2, ... when the tree is done; 0 before, and at the root."""
-    text: str | None = None
-    """What `token_ids` add to the response's text, None until somebody asked (the exact thing is the ids)."""
-    text_state: Any = None
-    """What the text checks know at the end of this node, None until somebody asked."""
+    data: Any = field(default=None, repr=False)
+    """What the driver keeps of it. The search hands it on and never looks at it."""
 
     @property
     def above(self) -> Node:
@@ -149,8 +145,6 @@ class Path:
     """What failed, where `stop` is FAILED."""
     id: int = 0
     """1, 2, ... in the order in which paths started, the same for every order of the engine's answers; 0 before."""
-    outcome: Any = None
-    """What the hooks made of a trajectory, None where there was no hook to ask."""
 
     @property
     def is_placeholder(self) -> bool:
@@ -211,8 +205,8 @@ class Tree:
             entropies=entropies,
         )
 
-    def add_environment(self, parent: Node, token_ids: Sequence[int], turn: Any) -> Node:
-        """Append what an environment said below `parent`; `turn` begins after it."""
+    def add_environment(self, parent: Node, token_ids: Sequence[int], data: Any) -> Node:
+        """Append what an environment said below `parent`; a turn begins after it."""
         self.stats.turns += 1
         self.stats.environment_tokens += len(token_ids)
         return Node(
@@ -222,8 +216,8 @@ class Tree:
             parent.depth,
             parent.length + len(token_ids),
             parent.turn_start,
-            turn,
             sampled=False,
+            data=data,
         )
 
     def add_trajectory(self, path: Path, *, last: bool) -> None:
@@ -271,5 +265,4 @@ class Tree:
         node.parent = upper
         node.token_ids, node.logprobs = node.token_ids[count:], node.logprobs[count:]
         node.entropies = entropies and entropies[count:]
-        node.text = None
         return upper

@@ -77,33 +77,19 @@ class Admission:
 
 
 class Forecast:
-    """What a tree will take, learned from those that are done. Lengths drift slowly while a policy trains."""
+    """What the next tree will decode, learned from those that are done. Lengths drift slowly while a policy trains."""
 
-    def __init__(self) -> None:
-        self._mean: float | None = None
-        self._by_prompt: dict[str, float] = {}
-
-    MEMORY = 100_000
-    """Prompts whose length is remembered; the oldest is forgotten."""
     WEIGHT = 0.1
     """Of a new tree in the running mean."""
 
-    def learn(self, prompt: str, *, decoded_tokens: int, mean_length: float) -> None:
-        """A tree of `prompt` took `decoded_tokens`, and its trajectories had `mean_length` tokens."""
+    def __init__(self) -> None:
+        self._mean: float | None = None
+
+    def learn(self, decoded_tokens: int) -> None:
+        """A tree has decoded so many."""
         old = decoded_tokens if self._mean is None else self._mean
         self._mean = old + self.WEIGHT * (decoded_tokens - old)
-        self._by_prompt.pop(prompt, None)
-        self._by_prompt[prompt] = mean_length
-        if len(self._by_prompt) > self.MEMORY:
-            del self._by_prompt[next(iter(self._by_prompt))]
 
     def decoded_tokens(self, unknown: int) -> int:
         """Expected of the next tree; `unknown` before any was seen."""
         return unknown if self._mean is None else round(self._mean)
-
-    def length(self, prompt: str) -> float:
-        """Mean trajectory length at this prompt's last visit; of all of them where it is new."""
-        known = self._by_prompt
-        if prompt in known or not known:
-            return known.get(prompt, 0.0)
-        return sum(known.values()) / len(known)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swift.infer_engine.protocol import ChatCompletionResponseChoice, ChatMessage, RolloutInferRequest, RolloutOutput
@@ -26,6 +25,7 @@ from treepo_swift.wire.report import REPORT_KEY
 
 from .engine import Prompt, SegmentEngine
 from .hooks import HookError, HookRunner
+from .replies import NodeData, Reply, Turn, data_of
 
 if TYPE_CHECKING:
     from .scheduler import TreeRolloutScheduler
@@ -33,75 +33,6 @@ if TYPE_CHECKING:
 TURN_HOOKS = ('on_trajectory_start', 'on_turn_end', 'check_finished', 'step')
 STATE_HOOKS = ('fork_state', 'release_state')
 MEDIA_KEYS = ('images', 'audios', 'videos')
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What one turn added to an assistant message."""
-
-    ids: list[int]
-    """Sampled tokens, and behind them those that `step` inserted."""
-    mask: list[int]
-    """Which of `ids` are trained on; inserted ones never are."""
-    sampled: int
-    """How many of `ids` were sampled: the first ones."""
-
-    @classmethod
-    def of(cls, ids: list[int]) -> Reply:
-        """What was sampled, as it is."""
-        return cls(ids, [1] * len(ids), len(ids))
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A turn that has ended, and what the next one begins with. The first turn begins with number 0, without a reply.
-
-    ``Node.turn`` holds it where a turn begins, ``Path.outcome`` where a trajectory ends.
-    """
-
-    number: int
-    request: RolloutInferRequest
-    """Its messages are text, and its uuid names the environment's state."""
-    prompt: Prompt
-    """Of the first turn; its engine inputs (images) are those that the next turn needs."""
-    infos: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """``rollout_infos`` so far."""
-    previous: Turn | None = None
-    reply: Reply | None = None
-    message: int = -1
-    """Where in the messages the reply is."""
-    choice: ChatCompletionResponseChoice | None = None
-    """What the hooks were told, kept where turns may have to be played again."""
-
-    @property
-    def messages(self) -> list[dict[str, Any]]:
-        """The conversation up to the reply."""
-        return self.request.messages[: self.message + 1]
-
-    @property
-    def continues(self) -> bool:
-        """Whether the next turn goes on in the same assistant message."""
-        return self.reply is not None and self.message == len(self.request.messages) - 1
-
-    def so_far(self) -> list[Turn]:
-        """All turns with a reply, the first one first."""
-        turns = []
-        turn: Turn | None = self
-        while turn is not None and turn.reply is not None:
-            turns.append(turn)
-            turn = turn.previous
-        return turns[::-1]
-
-    def replies(self) -> Iterator[tuple[int, list[Reply]]]:
-        """For each assistant message that was sampled, where it is and what it is made of."""
-        messages: dict[int, list[Reply]] = {}
-        for turn in self.so_far():
-            messages.setdefault(turn.message, []).append(turn.reply)
-        yield from messages.items()
-
-    def trained(self) -> list[int]:
-        """For each token that was sampled on this path, whether it is trained on."""
-        return [value for turn in self.so_far() for value in turn.reply.mask[: turn.reply.sampled]]
 
 
 def overridden_hooks(user: MultiTurnScheduler, base: type) -> set[str]:
@@ -146,12 +77,12 @@ class Conversation:
         request = await self._start_environment(self._search.tree.id)
         self._prefix = self._get_prefix(request)
         prompt = await self._engine.encode(request)
-        self._search.tree.root.turn = Turn(0, request, prompt)
+        data_of(self._search.tree.root).begins = Turn(0, request, prompt)
         return prompt
 
     async def end_turn(self, path: Path, stop: StopReason) -> NextTurn | StopReason:
         """Ask the hooks about a turn that has ended; a reason if it was the path's last. Raises `HookError`."""
-        begun: Turn = path.leaf.start.turn
+        begun = data_of(path.leaf.turn_start).begins
         where = f'after turn {begun.number + 1} on path {path.id} of tree {self._search.tree.id}'
         try:
             return await self._end_turn(path, stop, begun, where)
@@ -174,7 +105,7 @@ class Conversation:
         told = copy.deepcopy(choice) if self._config.fork_state == 'replay' else None
         ended, finished = await self._ask(begun, Reply.of(ids), choice, state, where)
         if finished:
-            path.outcome = ended
+            data_of(path.leaf).ended = ended
             await self._release(state)
             return stop
         following = await self._step(ended, choice, logprobs, where)
@@ -191,11 +122,12 @@ class Conversation:
             environment_ids = environment_ids + prompt.token_ids[len(so_far) :]
         keep = start.length + following.reply.sampled
         if not self._search.has_room(keep + len(environment_ids)):
-            path.outcome = ended
+            data_of(path.leaf).ended = ended
             await self._release(state)
             return StopReason.CONTEXT_LIMIT
         prompt = dataclasses.replace(prompt, token_ids=self._search.tree.prompt_ids)
-        return NextTurn(keep, environment_ids, dataclasses.replace(following, prompt=prompt, choice=told))
+        begins = dataclasses.replace(following, prompt=prompt, choice=told)
+        return NextTurn(keep, environment_ids, NodeData(begins=begins))
 
     async def release(self) -> list[HookError]:
         """Let go of all states; returns what went wrong there."""
@@ -211,7 +143,11 @@ class Conversation:
 
     async def _call(self, hook: str, *args: Any, where: str) -> Any:
         return await self._hooks.call(
-            getattr(self._user, hook), *args, timeout=self._config.hook_timeout, where=where, name=self._name(hook)
+            getattr(self._user, hook),
+            *args,
+            timeout=self._config.faults.hook_timeout,
+            where=where,
+            name=self._name(hook),
         )
 
     def _name(self, hook: str) -> str:
@@ -423,7 +359,7 @@ class Conversation:
     async def _replay(self, begun: Turn, child: str, where: str) -> None:
         """Bring a fresh environment to where the turn after `begun` started."""
         request = await self._start_environment(child)
-        first = self._search.tree.root.turn
+        first = data_of(self._search.tree.root).begins
         self._check_replay(request.messages, first.request.messages, 'on_trajectory_start', where)
         for turn in begun.so_far():
             choice = copy.deepcopy(turn.choice)

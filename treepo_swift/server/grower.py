@@ -14,6 +14,7 @@ from treepo_swift.core.tree import Path, StopReason, response_ids
 
 from .engine import EngineError, Place, Prompt, SegmentEngine
 from .hooks import HookError
+from .replies import data_of
 from .tasks import Nursery, Rendezvous
 from .text import PathReader
 
@@ -70,25 +71,25 @@ class TreeGrower:
         self._progress = progress
         self._reported = 0
         self._place = Place()
-        self._sharing: Rendezvous | None = None
+        self._meeting: Rendezvous | None = None
         self._resuming = False
         self._paths: Nursery
         self._growing: dict[int, asyncio.Task] = {}
         """Of the paths that have not ended, by their ids."""
 
-    async def run(self, place: Place, sharing: Rendezvous | None = None) -> None:
-        """`sharing` is where the trees that share a token budget wait for each other."""
-        self._place, self._sharing = place, sharing
+    async def run(self, place: Place, meeting: Rendezvous | None = None) -> None:
+        """`meeting` is where the trees that share a token budget wait for each other."""
+        self._place, self._meeting = place, meeting
         try:
             async with Nursery() as self._paths:
                 planted = not self.search.done
-                self._go_on(self.search.start(self._share(sharing.members) if sharing else None) if planted else [])
+                self._go_on(self.search.start(self._allowance(meeting.members) if meeting else None) if planted else [])
         finally:
-            if sharing:
-                sharing.leave()
+            if meeting:
+                meeting.leave()
 
-    def _share(self, members: int) -> int:
-        return self.search.config.budget_tokens // members
+    def _allowance(self, members: int) -> int:
+        return self.search.config.budget.tokens // members
 
     def _go_on(self, requests: list[SegmentRequest]) -> None:
         # Forks of one node leave together: the first computes what is not in the cache, the others find it there.
@@ -107,10 +108,10 @@ class TreeGrower:
             self._growing.clear()
 
     async def _resume(self) -> None:
-        growing = await self._sharing.wait()
+        growing = await self._meeting.wait()
         self._resuming = False
         with self._clock:
-            self._go_on(self.search.resume(self._share(growing)))
+            self._go_on(self.search.resume(self._allowance(growing)))
 
     async def _grow(self, request: SegmentRequest) -> None:
         """Take the segments of one request until it or its path's turn ends."""
@@ -151,12 +152,12 @@ class TreeGrower:
                     raise EngineError('the engine ended a request before its path had ended')
             except Exception as e:
                 errors += 1
-                if errors > self.search.config.max_retries:
+                if errors > self.search.config.faults.max_retries:
                     raise EngineError(f'{type(e).__name__}: {e} (after {errors} attempts)') from e
 
     def _prompt_of(self, request: SegmentRequest) -> Prompt:
-        turn = request.prefix.turn_start.turn
-        return self.prompt if turn is None else turn.prompt
+        begins = data_of(request.prefix.turn_start).begins
+        return self.prompt if begins is None else begins.prompt
 
     async def _take(self, request: SegmentRequest, segment: Segment) -> StopReason | None:
         """Put a segment into the tree and start what may start then; returns why its path's turn has ended."""
@@ -173,7 +174,7 @@ class TreeGrower:
             return verdict or StopReason.HOOK  # The tree gave up while a hook was asked.
         with self._clock:
             stop = search.stop_of(path_id, verdict)
-            if stop is StopReason.ANSWER and search.config.after_answer == 'cut' and segment.stop is None:
+            if stop is StopReason.ANSWER and search.config.stop.answer.after == 'cut' and segment.stop is None:
                 search.cut(path_id, self._reader.answer_length(path.leaf))
             if stop is None:
                 self._go_on(search.settle(path_id))
@@ -182,7 +183,7 @@ class TreeGrower:
         return stop
 
     def _end_path(self, path_id: int, stop: StopReason, ahead: int) -> None:
-        requests = self.search.settle(path_id, stop)
+        requests = self.search.end(path_id, stop)
         del self._growing[path_id]
         self.search.discard(ahead)
         self._go_on(requests)
@@ -195,11 +196,13 @@ class TreeGrower:
             return  # The tree gave up meanwhile; `wait_for` may swallow the cancellation.
         with self._clock:
             if isinstance(following, StopReason):
-                path.stop = following
                 self._end_path(request.path_id, following, ahead)
                 return
             self.search.discard(ahead)
-            self._go_on(self.search.begin_turn(request.path_id, following))
+            requests = self.search.begin_turn(request.path_id, following)
+            # Where a budget ends the next turn before its first token, the trajectory ends with this one.
+            data_of(path.leaf.parent).ended = data_of(path.leaf).begins
+            self._go_on(requests)
 
     def _evicted(self, request: SegmentRequest, segment: Segment) -> int:
         """Tokens of full KV blocks that a request's prefix had filled and that were gone when it came."""

@@ -20,8 +20,9 @@ from treepo_swift.core.tree import Path, StopReason, Tree, response_ids, respons
 from treepo_swift.wire.note import REQUEST_KEY
 from treepo_swift.wire.report import REPORT_KEY, BatchReport, TreeReport
 
+from .replies import Turn, data_of
+
 if TYPE_CHECKING:
-    from .conversation import Turn
     from .engine import Prompt, SegmentEngine
 
 
@@ -112,7 +113,7 @@ class OutputWriter:
         with_report: bool,
     ) -> RolloutOutput:
         path = tree.trajectories[index]
-        turn: Turn | None = path.outcome
+        turn = None if path.stop.is_placeholder else data_of(path.leaf).ended
         logprobs = response_logprobs(path.leaf)
         infos: dict[str, Any] = {'num_turns': 1}
         if turn is not None:
@@ -122,7 +123,8 @@ class OutputWriter:
             infos = {**turn.infos, 'num_turns': turn.number}
         else:
             choice = self.choice(prompt, response_ids(path.leaf), path.stop)
-            before = request.messages if tree.root.turn is None else tree.root.turn.request.messages
+            begun = data_of(tree.root).begins
+            before = request.messages if begun is None else begun.request.messages
             messages = [*before, {'role': 'assistant', 'content': choice.message.content}]
             ids, mask = [prefix[0] + response_ids(path.leaf)], [prefix[1] + [1] * len(logprobs)]
             spread = [logprobs]

@@ -20,9 +20,10 @@ from swift.utils import get_logger
 from tqdm import tqdm
 
 from treepo_swift.config import ConfigError, TreeConfig
+from treepo_swift.core.forks import check_policies
 from treepo_swift.core.messages import Limits
 from treepo_swift.core.policies.stopping import TextChecker, text_verdict
-from treepo_swift.core.search import TreeSearch, check_policies
+from treepo_swift.core.search import TreeSearch
 from treepo_swift.core.tree import Path, StopReason
 from treepo_swift.wire.note import REQUEST_KEY, RequestNote
 from treepo_swift.wire.packing import PackedOutputs
@@ -60,8 +61,20 @@ class _Planted:
     """None where no hook is to be asked about turns."""
 
     @property
-    def shares_budget(self) -> bool:
-        return self.search.config.budget == 'by_segment_tokens'
+    def meets_others(self) -> bool:
+        return self.search.config.budget.policy == 'by_segment_tokens'
+
+
+def plain_config(config: TreeConfig, max_response: int) -> TreeConfig:
+    """The same for plain sampling: one request to the end, no early stop."""
+    return TreeConfig(
+        segment_length=max_response,
+        max_depth=1,
+        stop={'answer': 'none', 'repetition': 'none'},
+        fork_state=config.fork_state,
+        faults=config.faults,
+        seed=config.seed,
+    )
 
 
 def _where(search: TreeSearch, path: Path) -> str:
@@ -84,6 +97,8 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
 
     grows_trees = True
     """How the trainer's arguments tell a tree scheduler from others, by its name in swift's registry."""
+    by_segment = False
+    """Ask the engine segment by segment, as the paper's code does: the same trees, only slower. For benchmarks."""
 
     def __init__(
         self,
@@ -196,7 +211,7 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
                 self._check_config(self.config)
                 self._check_budget(groups)
         await self._engine.begin_batch(
-            request_config, top_logprobs=self.config.entropy_top_k if self.config.branching == 'entropy' else 0
+            request_config, top_logprobs=self.config.branching.top_k if self.config.branching.policy == 'entropy' else 0
         )
         self._reader = PathReader(self._engine.decode, TextChecker(self.config), self._engine.stop_strings)
         counted = self._engine.counters()
@@ -226,12 +241,12 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
             return RequestNote.from_dict(values)
         if request.messages == SWIFT_PLACEHOLDER:
             return RequestNote(mode='independent')
-        if self._default.require_trainer:
+        if self._default.checks.require_trainer:
             raise RolloutError(
                 'This rollout server grows trees, but the request was not sent by TreeGRPOTrainer: the trainer runs '
                 'without the plugin and would train on trees with flat advantages. Add the same --external_plugins '
-                'file to `swift rlhf` (`treepo-swift plugin` prints its path), or set TREEPO_REQUIRE_TRAINER=false '
-                'on the server if that is what you want.'
+                'file to `swift rlhf` (`treepo-swift plugin` prints its path), or set '
+                'TREEPO_CHECKS__REQUIRE_TRAINER=false on the server if that is what you want.'
             )
         return RequestNote()
 
@@ -245,9 +260,9 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
                 "pacing='even' with fork_at='turn': forks are spread over the turns, whose number "
                 'nobody gave. Start `swift rollout` with --max_turns, or set pacing to {turn: width}.'
             )
-        if config.branching == 'entropy' and config.entropy_top_k > info.max_logprobs:
+        if config.branching.policy == 'entropy' and config.branching.top_k > info.max_logprobs:
             raise ConfigError(
-                f'entropy_top_k={config.entropy_top_k}: this server returns at most {info.max_logprobs} '
+                f'branching.top_k={config.branching.top_k}: this server returns at most {info.max_logprobs} '
                 'log-probs per token. Lower it, or start `swift rollout` with --vllm_engine_kwargs '
                 '\'{"max_logprobs": ...}\'.'
             )
@@ -261,9 +276,10 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
     def _check_budget(self, groups: Sequence[Group]) -> None:
         trees = sum(len(group.members) > 1 for group in groups)
         needed = trees * self.config.segment_length
-        if self.config.budget == 'by_segment_tokens' and self.config.budget_tokens < needed:
+        budget = self.config.budget
+        if budget.policy == 'by_segment_tokens' and budget.tokens < needed:
             raise ConfigError(
-                f'budget_tokens={self.config.budget_tokens}: {trees} prompts of a batch need at least a '
+                f'budget.tokens={budget.tokens}: {trees} prompts of a batch need at least a '
                 f'segment of {self.config.segment_length} tokens each, {needed} in all.'
             )
 
@@ -302,9 +318,7 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
         max_response = request_config.max_tokens or info.max_model_len
         if len(group.members) == 1:
             # Plain sampling: one request to the end, no early stop.
-            config = TreeConfig(
-                seed=config.seed, segment_length=max_response, max_depth=1, answer='none', stop_at_repetition=False
-            )
+            config = plain_config(config, max_response)
         rng = random.Random(f'{config.seed}:{request_config.seed}:{note.step}:{group.copy}:{group.key}')
         search = TreeSearch(
             config,
@@ -314,6 +328,7 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
             limits=Limits(max_response, info.max_model_len, self.max_turns),
             rng=rng,
             progress=note.progress,
+            by_segment=self.by_segment,
         )
         talk = None if request.messages == SWIFT_PLACEHOLDER else self._talk(search)
         prompt = Prompt([], {})
@@ -356,7 +371,7 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
         progress: Callable[[int], Any],
     ) -> Counter[str]:
         """Drive all trees of a batch to their ends, and write what they give; returns what failed, and how often."""
-        sharing = Rendezvous(sum(tree.shares_budget for tree in trees))
+        meeting = Rendezvous(sum(tree.meets_others for tree in trees))
         admission = Admission(ranks=self._engine.info.ranks, kv_tokens=self._engine.info.kv_tokens)
         failures: Counter[str] = Counter()
         writer = self._writer
@@ -375,7 +390,7 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
                 progress=progress,
             )
             async with admission.place(partial(self._expected_tokens, tree)) as place:
-                await grower.run(place, sharing if tree.shares_budget else None)
+                await grower.run(place, meeting if tree.meets_others else None)
             await self._release_states([tree.talk] if tree.talk else [])
             with self._clock:
                 failures.update(p.error for p in tree.search.tree.trajectories if p.stop is StopReason.FAILED)
@@ -391,8 +406,6 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
                 )
                 self._learn(tree)
 
-        if self.config.tree_order == 'longest_first':
-            trees.sort(key=lambda tree: self._forecast.length(tree.group.key), reverse=True)
         growing = list(map(grow, trees))
         # A tree's tokens are let go when its outputs are written.
         trees.clear()
@@ -402,13 +415,11 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
     def _learn(self, tree: _Planted) -> None:
         stats, width = tree.search.tree.stats, tree.search.width
         if width > 1:
-            self._forecast.learn(
-                tree.group.key, decoded_tokens=stats.decoded_tokens, mean_length=stats.trajectory_tokens / width
-            )
+            self._forecast.learn(stats.decoded_tokens)
 
     def _expected_tokens(self, tree: _Planted) -> int:
         """KV tokens to set aside for a tree; 0 where it must not wait for others to end."""
-        if tree.search.width == 1 or tree.shares_budget:
+        if tree.search.width == 1 or tree.meets_others:
             return 0
         # Before any tree is done: answers of half the length that they may have.
         longest = min(tree.search.limits.max_response, self.config.max_response_tokens)
@@ -425,7 +436,9 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
 
     async def _ask_segment(self, search: TreeSearch, path: Path, text: str) -> StopReason | None:
         where = _where(search, path)
-        verdict = await self._hooks.call(self.check_segment, path, text, timeout=self.config.hook_timeout, where=where)
+        verdict = await self._hooks.call(
+            self.check_segment, path, text, timeout=self.config.faults.hook_timeout, where=where
+        )
         if verdict is not None and not isinstance(verdict, StopReason):
             raise HookError(
                 f'{type(self).__name__}.check_segment {where}: returned {verdict!r}, allowed are a StopReason or None'
@@ -436,14 +449,17 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
         try:
             return text_verdict(self._reader.state(path.leaf), path, self.config)
         except Exception as e:  # an answer detector may be a user's
-            raise HookError(f'answer: {self.config.answer}: raised {type(e).__name__}: {e}') from e
+            raise HookError(
+                f'stop.answer.detector={self.config.stop.answer.detector!r}: raised {type(e).__name__}: {e}'
+            ) from e
 
     def _check_failures(self, failures: Counter[str], total: int) -> None:
-        if failures.total() > self.config.max_failure_fraction * total:
+        allowed = self.config.faults.max_failure_fraction
+        if failures.total() > allowed * total:
             causes = '\n'.join(f'  {count} x {error}' for error, count in failures.most_common(3))
             raise RolloutError(
                 f'{failures.total()} of {total} trajectories failed, more than '
-                f'max_failure_fraction={self.config.max_failure_fraction:g}. Most common causes:\n{causes}'
+                f'faults.max_failure_fraction={allowed:g}. Most common causes:\n{causes}'
             )
 
     async def _probe(self, request: RolloutInferRequest, note: RequestNote) -> RolloutOutput:

@@ -58,7 +58,7 @@ class WeightSyncProof:
                 f'{self.gap:.4g} nats per token, {self.tolerance:g} is allowed (the policy itself has moved by '
                 f"{self.drift:.4g} since the first sync). A weight sync failed, and swift's server does not tell: "
                 "look for an exception in the rollout server's log. Restart it before you train on. If both sides "
-                'run in different precisions by intention, set TREEPO_VERIFY_WEIGHT_SYNC=false.'
+                'run in different precisions by intention, set TREEPO_CHECKS__VERIFY_WEIGHT_SYNC=false.'
             )
         self.proven = self.proven or self.drift >= PROOF_FACTOR * self.tolerance
 

@@ -66,8 +66,8 @@ def random_token(path: Path, context: CutContext) -> int:
 
 @register_fallback('random_block')
 def random_block(path: Path, context: CutContext) -> int:
-    """A multiple of `fallback_block`: misaligned where that is not a multiple of the segment length."""
-    block = context.config.fallback_block
+    """A multiple of `block`: misaligned where that is not a multiple of the segment length."""
+    block = context.config.fallback.block
     first = -(-context.low // block) * block
     return context.rng.choice(range(first, context.high + 1, block) or [context.low])
 
@@ -82,8 +82,8 @@ def min_logprob_token(path: Path, context: CutContext) -> int:
 
 @register_fallback('logprob_block')
 def logprob_block(path: Path, context: CutContext) -> int:
-    """The beginning of a block of `fallback_block` tokens, drawn by a softmax over the blocks' mean log-probs."""
-    logprobs, block = _logprobs_by_position(path), context.config.fallback_block
+    """The beginning of a block of `block` tokens, drawn by a softmax over the blocks' mean log-probs."""
+    logprobs, block = _logprobs_by_position(path), context.config.fallback.block
     starts, means = [], []
     for start in range(context.low, context.high + 1, block):
         known = [value for value in logprobs[start : start + block] if value is not None]
@@ -92,7 +92,7 @@ def logprob_block(path: Path, context: CutContext) -> int:
             means.append(math.fsum(known) / len(known))
     if not starts:
         return context.low
-    sign = -1.0 if context.config.fallback_favour == 'low' else 1.0
+    sign = -1.0 if context.config.fallback.favour == 'low' else 1.0
     top = max(sign * mean for mean in means)
     return context.rng.choices(starts, [math.exp(sign * mean - top) for mean in means])[0]
 
@@ -100,10 +100,10 @@ def logprob_block(path: Path, context: CutContext) -> int:
 def candidates(trajectories: Sequence[Path], config: TreeConfig, rng: random.Random) -> list[int]:
     """Indices of the trajectories that may be cut, in the order in which they are."""
     chosen = [i for i, path in enumerate(trajectories) if path.leaf.length > 0 and not path.stop.is_placeholder]
-    if config.fallback_candidates in REASONS:
-        chosen = [i for i in chosen if trajectories[i].stop in REASONS[config.fallback_candidates]]
+    if config.fallback.candidates in REASONS:
+        chosen = [i for i in chosen if trajectories[i].stop in REASONS[config.fallback.candidates]]
     rng.shuffle(chosen)
-    if config.fallback_candidates == 'best_reason_first':
+    if config.fallback.candidates == 'best_reason_first':
         order = list(StopReason)
         chosen.sort(key=lambda i: order.index(trajectories[i].stop))
     return chosen
@@ -119,8 +119,8 @@ def cut_context(path: Path, config: TreeConfig, rng: random.Random) -> CutContex
     ]
     high = leaf.length - 1 if _may_grow(leaf, config) else allowed[-1]
     low = 0
-    if config.fallback_window:
-        low = max(node.length for node in nodes if node.depth <= max(leaf.depth - config.fallback_window, 0))
+    if config.fallback.window:
+        low = max(node.length for node in nodes if node.depth <= max(leaf.depth - config.fallback.window, 0))
         low = min(low, allowed[-1])
     return CutContext(config, rng, low, high, [length for length in allowed if length >= low])
 

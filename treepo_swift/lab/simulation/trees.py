@@ -83,11 +83,11 @@ class GrowingTree:
         self._lengths = lengths
         self._length_of: dict[int, int] = {}
 
-    def start(self, share: int | None) -> list[Request]:
-        return self._requests(self.search.start(share))
+    def start(self, allowance: int | None) -> list[Request]:
+        return self._requests(self.search.start(allowance))
 
-    def resume(self, share: int) -> list[Request]:
-        return self._requests(self.search.resume(share))
+    def resume(self, allowance: int) -> list[Request]:
+        return self._requests(self.search.resume(allowance))
 
     def report(self, request: Request, keep: Keep) -> list[Request]:
         """Put the complete segments of `request` into the tree; `keep` hears of each node."""
