@@ -44,11 +44,13 @@ try_pip() {
 }
 pip() { try_pip "$@" || { tail -n 20 "$log.last"; stop "failed; the whole log: $log"; }; }
 
-# The line of the last run that says most about its failure. Behind "no matching distribution" may be a broken connection.
+# The line of the last run that says most about its failure: pip found nothing at all where the connection was broken.
 reason() {
     local line
-    line=$(grep -E 'connection broken by|Could not fetch' "$log.last" | tail -n 1) ||
-        line=$(grep -iE '^error' "$log.last" | tail -n 1) || line=$(tail -n 1 "$log.last")
+    line=$(grep -q 'from versions: none' "$log.last" && grep -E 'connection broken by|Could not fetch' "$log.last" |
+        tail -n 1) ||
+        line=$(grep -iE '^error' "$log.last" | grep -v '^ERROR: ResolutionImpossible' | tail -n 1) ||
+        line=$(tail -n 1 "$log.last")
     line=${line##*connection broken by } line=${line##*>: } line=${line#ERROR: } line=${line%%"')':"*}
     [ ${#line} -le 250 ] || line=${line:0:250}...
     echo "${line:-pip said nothing}"
@@ -84,7 +86,7 @@ install_torch() {
         fi
         failures+="${failures:+; }way $way, $(way_name "$way") ($(reason))"
     done
-    stop "torch $wanted can't be installed, neither by $failures."
+    stop "torch $wanted can't be installed: not by $failures."
 }
 
 python=${PYTHON:-python3}
