@@ -4,12 +4,12 @@
 #
 #   bash scripts/cpu_env.sh                 # PYTHON=python3.11 chooses the interpreter
 #   bash scripts/cpu_env.sh --dry-run       # only say which way to torch would be taken
-#   bash scripts/cpu_env.sh --way 2         # try only this way; TREEPO_TORCH_WAY=2 does the same
+#   bash scripts/cpu_env.sh --way 2         # try only this way; CPU_ENV_WAY=2 does the same
 #
 # vLLM's CPU build requires a build of torch that PyPI does not hold (2.13.0+cpu). Three ways to torch, tried in order:
 #   1  that build, from where pip is configured to look
 #   2  that build, from PyTorch's CPU index
-#   3  the same version from PyPI, which comes with CUDA. vLLM runs on it; treepo_swift.cpu says what it needs to be told
+#   3  the same version from PyPI, which comes with CUDA. vLLM runs on it; treepo_swift.compat.cpu says what it needs to be told
 set -euo pipefail
 PYTORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -19,7 +19,7 @@ log=$venv/install.log
 say() { echo "[environment] $*"; }
 stop() { say "$*" >&2; exit 1; }
 
-only=${TREEPO_TORCH_WAY:-} dry_run=
+only=${CPU_ENV_WAY:-} dry_run=
 while [ $# -gt 0 ]; do
     case $1 in
         --way) only=${2:-none}; [ $# -eq 1 ] || shift ;;
@@ -111,7 +111,7 @@ say '3/4 ms-swift, what vLLM requires, test tools'
 pip install -e "$root[deepspeed,dev]" -r "$venv/requirements.txt" "$(way_torch "$way")"
 
 say '4/4 checking'
-eval "$("$venv/bin/python" -m treepo_swift.cpu)"
+eval "$("$venv/bin/python" -m treepo_swift.compat.cpu)"
 "$venv/bin/treepo-swift" doctor >"$log.doctor" 2>&1 || { cat "$log.doctor"; exit 1; }
 echo "$way" >"$stamp"
 say 'ready'

@@ -5,6 +5,7 @@
 
 REPORT is what `pip install --report` wrote about that build. Nothing but pip is installed when this runs.
 """
+
 from __future__ import annotations
 
 import configparser

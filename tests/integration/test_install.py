@@ -1,4 +1,5 @@
 """Which way `scripts/cpu_env.sh` takes to torch: the real script, with a pip that only says what it was told to."""
+
 from __future__ import annotations
 
 import json
@@ -6,23 +7,31 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 CPU_TORCH, CUDA_TORCH = 'torch===2.13.0+cpu', 'torch===2.13.0'
 ENGINE = {
-    'install': [{
-        'metadata': {
-            'requires_dist': [
-                'regex', 'numba==0.65.0', 'torch==2.13.0+cpu; platform_system == "Linux"',
-                'torch==2.13.0; platform_system == "Darwin"', 'torchvision', 'torchaudio', 'torchcodec>=0.14',
-                'winloop; platform_system == "Windows"', 'pandas; extra == "bench"'
-            ]
+    'install': [
+        {
+            'metadata': {
+                'requires_dist': [
+                    'regex',
+                    'numba==0.65.0',
+                    'torch==2.13.0+cpu; platform_system == "Linux"',
+                    'torch==2.13.0; platform_system == "Darwin"',
+                    'torchvision',
+                    'torchaudio',
+                    'torchcodec>=0.14',
+                    'winloop; platform_system == "Windows"',
+                    'pandas; extra == "bench"',
+                ]
+            }
         }
-    }]
+    ]
 }
 """What pip reports of vLLM's CPU build, shortened."""
 
@@ -53,6 +62,7 @@ else:
 
 class World:
     """A copy of the scripts in a folder of its own, beside a pip whose ways to torch fail as `run` says."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.venv = folder / 'repository' / '.venv'
@@ -68,15 +78,14 @@ class World:
     def run(self, *args: str, failures: dict[int, str] | None = None, **env: str) -> subprocess.CompletedProcess:
         (self.folder / 'failures.json').write_text(json.dumps(failures or {}))
         (self.folder / 'calls').write_text('')
-        outside = {key: value for key, value in os.environ.items() if key != 'TREEPO_TORCH_WAY'}
-        return subprocess.run(['bash', str(self.venv.parent / 'scripts' / 'cpu_env.sh'), *args],
-                              capture_output=True,
-                              text=True,
-                              timeout=60,
-                              env={
-                                  **outside, 'PYTHON': str(self.python),
-                                  **env
-                              })
+        outside = {key: value for key, value in os.environ.items() if key != 'CPU_ENV_WAY'}
+        return subprocess.run(
+            ['bash', str(self.venv.parent / 'scripts' / 'cpu_env.sh'), *args],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**outside, 'PYTHON': str(self.python), **env},
+        )
 
     def calls(self) -> list[list[str]]:
         """The arguments of each run of pip."""
@@ -94,7 +103,8 @@ def world(tmp_path: Path) -> World:
 NOT_THERE = 'ERROR: Could not find a version (from versions: 2.12.0)\nERROR: No matching distribution found'
 BROKEN = (
     "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError('<x.Y object at 0x7>: Failed "
-    "to establish a new connection: [Errno -2] Name unknown')': /whl/torch/\n")
+    "to establish a new connection: [Errno -2] Name unknown')': /whl/torch/\n"
+)
 NO_NETWORK = BROKEN + NOT_THERE.replace('2.12.0', 'none')
 DISK_FULL = BROKEN + 'ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n'
 
@@ -109,8 +119,10 @@ def test_the_cpu_build_where_pip_finds_it(world: World) -> None:
 def test_else_from_the_cpu_index_and_bounded(world: World) -> None:
     done = world.run(failures={1: NOT_THERE})
     assert done.returncode == 0, done.stderr
-    assert (f'{CPU_TORCH} by way 2: PyTorch\'s CPU index; not by way 1, where pip is configured to look '
-            '(No matching distribution found)\n') in done.stdout
+    assert (
+        f"{CPU_TORCH} by way 2: PyTorch's CPU index; not by way 1, where pip is configured to look "
+        '(No matching distribution found)\n'
+    ) in done.stdout
     _, second = world.torch_calls()
     assert second[:2] == ['install', CPU_TORCH] and {'--no-deps', '--timeout', '--retries'} <= set(second)
 
@@ -118,9 +130,11 @@ def test_else_from_the_cpu_index_and_bounded(world: World) -> None:
 def test_else_the_cuda_build(world: World) -> None:
     done = world.run(failures={1: NOT_THERE, 2: NO_NETWORK})
     assert done.returncode == 0, done.stderr
-    assert (f'{CUDA_TORCH} by way 3: PyPI\'s build with CUDA; not by way 1, where pip is configured to look '
-            '(No matching distribution found); way 2, PyTorch\'s CPU index (Failed to establish a new connection: '
-            '[Errno -2] Name unknown)\n') in done.stdout
+    assert (
+        f"{CUDA_TORCH} by way 3: PyPI's build with CUDA; not by way 1, where pip is configured to look "
+        "(No matching distribution found); way 2, PyTorch's CPU index (Failed to establish a new connection: "
+        '[Errno -2] Name unknown)\n'
+    ) in done.stdout
     assert world.torch_calls()[2] == ['install', CUDA_TORCH]
 
 
@@ -128,10 +142,11 @@ def test_else_one_sentence_names_all_three(world: World) -> None:
     done = world.run(failures={1: NOT_THERE, 2: NO_NETWORK, 3: DISK_FULL})
     assert done.returncode == 1
     assert done.stderr == (
-        '[environment] torch 2.13.0+cpu can\'t be installed: not by way 1, where pip is configured to look '
-        '(No matching distribution found); way 2, PyTorch\'s CPU index (Failed to establish a new connection: '
-        '[Errno -2] Name unknown); way 3, PyPI\'s build with CUDA (Could not install packages due to an OSError: '
-        '[Errno 28] No space left on device).\n')
+        "[environment] torch 2.13.0+cpu can't be installed: not by way 1, where pip is configured to look "
+        "(No matching distribution found); way 2, PyTorch's CPU index (Failed to establish a new connection: "
+        "[Errno -2] Name unknown); way 3, PyPI's build with CUDA (Could not install packages due to an OSError: "
+        '[Errno 28] No space left on device).\n'
+    )
     assert not list(world.venv.glob('.installed-*'))
 
 
@@ -154,7 +169,7 @@ def test_another_failure_shows_the_end_of_the_log(world: World) -> None:
     assert not list(world.venv.glob('.installed-*'))
 
 
-@pytest.mark.parametrize('how', [{'args': ['--way', '3']}, {'TREEPO_TORCH_WAY': '3'}])
+@pytest.mark.parametrize('how', [{'args': ['--way', '3']}, {'CPU_ENV_WAY': '3'}])
 def test_a_way_can_be_demanded(world: World, how: dict) -> None:
     done = world.run(*how.pop('args', []), **how)
     assert done.returncode == 0 and f'{CUDA_TORCH} by way 3' in done.stdout
@@ -189,12 +204,14 @@ def append(name: str) -> Callable[[World], None]:
 
 
 @pytest.mark.parametrize(
-    'change', [
+    'change',
+    [
         append('setup.cfg'),
         append('scripts/cpu_env.sh'),
         append('scripts/cpu_requirements.py'),
     ],
-    ids=['setup.cfg', 'cpu_env.sh', 'cpu_requirements.py'])
+    ids=['setup.cfg', 'cpu_env.sh', 'cpu_requirements.py'],
+)
 def test_installs_again_only_when_something_changed(world: World, change: Callable[[World], None]) -> None:
     assert world.run().returncode == 0 and world.calls()
     again = world.run()

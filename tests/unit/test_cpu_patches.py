@@ -137,7 +137,7 @@ def test_only_beside_the_cpu_build_are_gpu_and_nccl_hidden(monkeypatch: pytest.M
 
 
 def test_scripts_take_the_environment_over() -> None:
-    command = f'eval "$({sys.executable} -m treepo_swift.cpu)"; env'
+    command = f'eval "$({sys.executable} -m treepo_swift.compat.cpu)"; env'
     done = subprocess.run(['bash', '-c', command], capture_output=True, text=True, check=True)
     assert {f'{name}={value}' for name, value in cpu.environment().items()} <= set(done.stdout.splitlines())
 

@@ -7,7 +7,7 @@ missing ends in rollouts from old weights, which no log shows.
 Two ways in: `apply` from the external plugin, in the rollout server's parent, in its worker and in the trainer;
 `register` from vLLM's plugin loader (entry point group `vllm.general_plugins`), in vLLM's own processes, which import
 no external plugin. In colocate mode both run in the one process. What must hold before a process starts is in
-`environment`, which scripts take over by `eval "$(python -m treepo_swift.cpu)"`.
+`environment`, which scripts take over by `eval "$(python -m treepo_swift.compat.cpu)"`.
 """
 
 import contextlib

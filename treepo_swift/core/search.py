@@ -23,6 +23,7 @@ from .tree import Node, Path, StopReason, Tree, sampled_tokens
 MAX_FAILURES_PER_WIDTH = 2
 """A tree gives up and fills itself with placeholders after this many failed segments per wanted trajectory."""
 
+
 @dataclass(slots=True)
 class _Round:
     """A segment of every path that grew at one time: they branch together when the last of them is back."""

@@ -20,9 +20,9 @@ from swift.utils import get_logger
 from tqdm import tqdm
 
 from treepo_swift.config import ConfigError, TreeConfig
+from treepo_swift.core.forks import check_policies
 from treepo_swift.core.messages import Limits
 from treepo_swift.core.policies.stopping import TextChecker, text_verdict
-from treepo_swift.core.forks import check_policies
 from treepo_swift.core.search import TreeSearch
 from treepo_swift.core.tree import Path, StopReason
 from treepo_swift.wire.note import REQUEST_KEY, RequestNote
