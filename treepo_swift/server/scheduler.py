@@ -195,9 +195,8 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
             if notes[0].mode == 'tree':
                 self._check_config(self.config)
                 self._check_budget(groups)
-        await self._engine.begin_batch(
-            request_config, top_logprobs=self.config.entropy_top_k if self.config.branching == 'entropy' else 0
-        )
+        by_entropy = self.config.branching == 'entropy' and notes[0].mode == 'tree'
+        await self._engine.begin_batch(request_config, top_logprobs=self.config.entropy_top_k if by_entropy else 0)
         self._reader = PathReader(self._engine.decode, TextChecker(self.config), self._engine.stop_strings)
         counted = self._engine.counters()
         outputs = PackedOutputs() if notes[0].packed else PlainOutputs()
@@ -300,10 +299,17 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
         request, note = requests[group.members[0]], notes[group.members[0]]
         config, info = self.config, self._engine.info
         max_response = request_config.max_tokens or info.max_model_len
+        if note.mode == 'independent' and note.config is not None:
+            max_response = min(max_response, config.max_response_tokens)  # as long as a path in training
         if len(group.members) == 1:
             # Plain sampling: one request to the end, no early stop.
             config = TreeConfig(
-                seed=config.seed, segment_length=max_response, max_depth=1, answer='none', stop_at_repetition=False
+                seed=config.seed,
+                segment_length=max_response,
+                max_depth=1,
+                answer='none',
+                stop_at_repetition=False,
+                max_retries=config.max_retries,
             )
         rng = random.Random(f'{config.seed}:{request_config.seed}:{note.step}:{group.copy}:{group.key}')
         search = TreeSearch(
