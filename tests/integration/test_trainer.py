@@ -461,6 +461,15 @@ def test_the_servers_own_type_says_what_gap_is_possible(dtype, fits):
             trainer._verify_weight_sync(trainer._sync_proof)
 
 
+@pytest.mark.parametrize('autocast, coarser', [('no', 'float32'), ('bf16', 'bfloat16'), ('fp16', 'float16')])
+def test_autocast_counts_as_the_trainers_type(autocast, coarser):
+    from treepo_swift.trainer.weight_sync import coarsest
+
+    trainer, _ = build_trainer([], [], model=torch.nn.Linear(1, 1))
+    trainer.accelerator.mixed_precision = autocast
+    assert coarsest(trainer._computing_types()) == coarser
+
+
 def test_paths_that_end_before_the_completion_length_are_told_of_once(caplog):
     from treepo_swift.trainer.arguments import warn_of_short_paths
 

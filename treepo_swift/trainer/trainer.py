@@ -78,10 +78,7 @@ class TreeGRPOTrainer(GRPOTrainer):
         train_on_samples_only(self.template)
         config = self.tree_config
         if config.verify_weight_sync:
-            dtypes = [str(next(self.model.parameters()).dtype)]
-            if self.accelerator.mixed_precision in MIXED_PRECISION:
-                dtypes.append(MIXED_PRECISION[self.accelerator.mixed_precision])
-            self._sync_proof = WeightSyncProof(dtypes)
+            self._sync_proof = WeightSyncProof(self._computing_types())
         if self.accelerator.is_main_process:
             accept_packed(self.vllm_client.sessions)
             self._say_how_trees_grow()
@@ -111,6 +108,11 @@ class TreeGRPOTrainer(GRPOTrainer):
 
     def _needs_trajectory_advantages(self) -> bool:
         return self.loss_type in ('real', 'fipo') or self.off_policy_sequence_mask_delta is not None
+
+    def _computing_types(self) -> list[str]:
+        """Types that a forward pass here computes in: the parameters', and autocast's where there is one."""
+        autocast = MIXED_PRECISION.get(self.accelerator.mixed_precision)
+        return [str(next(self.model.parameters()).dtype), *([autocast] if autocast else [])]
 
     def _broadcast(self, function: Any) -> Any:
         """Call `function` on the main process and give its result, or its exception, to every rank."""
