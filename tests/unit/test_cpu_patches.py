@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ TARGETS: list[tuple[Callable[[], None], str, str]] = [
     (cpu.patch_weight_broadcast, 'vllm.distributed.device_communicators.pynccl:PyNcclCommunicator', 'broadcast'),
     (cpu.patch_deepspeed_backend, 'accelerate.state:PartialState', '_prepare_backend'),
     (cpu.patch_weight_packing, 'vllm.model_executor.layers.utils', 'dispatch_cpu_unquantized_gemm'),
+    (cpu.patch_idle_spin, 'vllm.distributed.device_communicators.shm_broadcast:SpinCondition', '__init__'),
 ]
 IDS = [f'{owner}.{name}' for _, owner, name in TARGETS]
 
@@ -177,6 +179,36 @@ def test_an_enabled_communicator_keeps_its_own_broadcast(keep: pytest.MonkeyPatc
     cpu.patch_weight_broadcast()
     communicator.broadcast(SimpleNamespace(disabled=False), 'tensor', src=1, stream='s')
     assert calls == [('tensor', 1, 's')]
+
+
+def test_an_idle_reader_of_vllms_queue_leaves_the_core(keep: pytest.MonkeyPatch) -> None:
+    """vLLM's own reader would spin for a second; a message still reaches one that sleeps."""
+    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+
+    def cpu_seconds_of(reader: MessageQueue) -> float:
+        began = time.thread_time()
+        with pytest.raises(TimeoutError):
+            reader.dequeue(timeout=0.5)
+        return time.thread_time() - began
+
+    def connect() -> tuple[MessageQueue, MessageQueue]:
+        writer = MessageQueue(n_reader=1, n_local_reader=1)
+        with ThreadPoolExecutor(1) as pool:
+            ready = pool.submit(writer.wait_until_ready)
+            reader = MessageQueue.create_from_handle(writer.export_handle(), 0)
+            reader.wait_until_ready()
+            ready.result(timeout=60)
+        return writer, reader
+
+    _, spinning = connect()
+    cpu.patch_idle_spin()
+    writer, sleeping = connect()
+    assert cpu_seconds_of(sleeping) < cpu_seconds_of(spinning) / 3
+    with ThreadPoolExecutor(1) as pool:
+        received = pool.submit(sleeping.dequeue, timeout=60)
+        time.sleep(10 * cpu.SPIN_SECONDS)
+        writer.enqueue('weights')
+        assert received.result(timeout=60) == 'weights'
 
 
 def weights() -> list[Any]:
