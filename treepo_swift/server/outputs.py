@@ -18,7 +18,7 @@ from swift.infer_engine.protocol import (
 
 from treepo_swift.core.tree import Path, StopReason, Tree, response_ids, response_logprobs
 from treepo_swift.wire.note import REQUEST_KEY
-from treepo_swift.wire.report import REPORT_KEY, BatchReport, TreeReport
+from treepo_swift.wire.report import FAILURE_KEY, MAX_ERROR, REPORT_KEY, BatchReport, TreeReport
 
 from .replies import Turn, data_of
 
@@ -132,6 +132,8 @@ class OutputWriter:
             ids, mask = [[self._filler_token]], [[0]]
         if with_report:
             infos[REPORT_KEY] = TreeReport.of(tree, index, None if turn is None else turn.trained()).to_dict()
+        elif path.stop is StopReason.FAILED:
+            infos[FAILURE_KEY] = (path.error or 'no cause was given')[:MAX_ERROR]
         usage = UsageInfo(len(prompt.token_ids), len(logprobs), len(prompt.token_ids) + len(logprobs))
         # All of it is ours and of the right types: validating would copy every list.
         return RolloutOutput.model_construct(

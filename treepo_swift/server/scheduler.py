@@ -210,9 +210,8 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
             if notes[0].mode == 'tree':
                 self._check_config(self.config)
                 self._check_budget(groups)
-        await self._engine.begin_batch(
-            request_config, top_logprobs=self.config.branching.top_k if self.config.branching.policy == 'entropy' else 0
-        )
+        by_entropy = self.config.branching.policy == 'entropy' and notes[0].mode == 'tree'
+        await self._engine.begin_batch(request_config, top_logprobs=self.config.branching.top_k if by_entropy else 0)
         self._reader = PathReader(self._engine.decode, TextChecker(self.config), self._engine.stop_strings)
         counted = self._engine.counters()
         outputs = PackedOutputs() if notes[0].packed else PlainOutputs()
@@ -316,6 +315,8 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
         request, note = requests[group.members[0]], notes[group.members[0]]
         config, info = self.config, self._engine.info
         max_response = request_config.max_tokens or info.max_model_len
+        if note.mode == 'independent' and note.config is not None:
+            max_response = min(max_response, config.max_response_tokens)  # as long as a path in training
         if len(group.members) == 1:
             # Plain sampling: one request to the end, no early stop.
             config = plain_config(config, max_response)
