@@ -76,8 +76,9 @@ def random_block(path: Path, context: CutContext) -> int:
 def min_logprob_token(path: Path, context: CutContext) -> int:
     """Before the least probable token, which is sampled anew."""
     logprobs = _logprobs_by_position(path)
-    sampled = [position for position in range(context.low, context.high + 1) if logprobs[position] is not None]
-    return min(sampled, key=logprobs.__getitem__, default=context.low)
+    span = enumerate(logprobs[context.low : context.high + 1], context.low)
+    sampled = [(value, position) for position, value in span if value is not None]
+    return min(sampled, default=(0.0, context.low))[1]
 
 
 @register_fallback('logprob_block')
@@ -99,12 +100,12 @@ def logprob_block(path: Path, context: CutContext) -> int:
 
 def candidates(trajectories: Sequence[Path], config: TreeConfig, rng: random.Random) -> list[int]:
     """Indices of the trajectories that may be cut, in the order in which they are."""
-    chosen = [i for i, path in enumerate(trajectories) if path.leaf.length > 0 and not path.stop.is_placeholder]
+    chosen = [i for i, path in enumerate(trajectories) if path.leaf.length > 0 and not path.is_placeholder]
     if config.fallback.candidates in REASONS:
         chosen = [i for i in chosen if trajectories[i].stop in REASONS[config.fallback.candidates]]
     rng.shuffle(chosen)
     if config.fallback.candidates == 'best_reason_first':
-        order = list(StopReason)
+        order: list[StopReason | None] = [*StopReason]
         chosen.sort(key=lambda i: order.index(trajectories[i].stop))
     return chosen
 
@@ -141,7 +142,7 @@ def next_start(path: Path, position: int, config: TreeConfig) -> int:
 
 def _from_root(path: Path) -> list[Node]:
     nodes = path.leaf.lineage()
-    return [nodes[0].parent, *nodes]
+    return [nodes[0].above, *nodes]
 
 
 def _may_grow(node: Node, config: TreeConfig) -> bool:
