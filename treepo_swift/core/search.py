@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -142,6 +142,22 @@ class TreeSearch:
     def can_fall_back(self) -> bool:
         """Whether a path may still start from a node of the tree that no live path stands on."""
         return self.config.fallback.policy not in ('none', 'root')
+
+    def open_nodes(self) -> Iterator[Node]:
+        """Nodes from which a path may still go on: where paths stand, where forks are to be decided, and the root where
+        fallback may start there. With `can_fall_back` they are the ends of all paths, which may be cut anywhere."""
+        if self.done:
+            return
+        yield from (path.leaf for path in self._paths.values())
+        yield from (path.leaf for path in self._live)
+        for round_ in self._rounds.values():
+            yield from round_.survivors.values()
+            if self.can_fall_back:
+                yield from (path.leaf for path in round_.finished.values())
+        if self.can_fall_back:
+            yield from (path.leaf for path in self.tree.trajectories)
+        if self._fills_itself:
+            yield self.tree.root
 
     def start(self, allowance: int | None = None) -> list[SegmentRequest]:
         """The first requests, all from the prompt; for `allowance` see `resume`."""
