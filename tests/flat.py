@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from treepo_swift.config import TreeConfig
+from treepo_swift.config.sources import merged
 
 PLACES = {
     'branching': ('branching', 'policy'),
@@ -56,34 +57,46 @@ READ_BY = {
 
 def flat(**keys: Any) -> TreeConfig:
     """Keys at their old places go where they are now; those that the chosen policy never read are left out."""
-    keys = dict(keys)
-    rule: dict[str, Any] = {'rule': 'windows'}
-    if not keys.pop('stop_at_repetition', True):
-        rule = {'rule': 'none'}
-        keys.pop('repetition_length', None), keys.pop('repetition_count', None)
-    values: dict[str, Any] = {'stop': {'repetition': rule}}
+    return TreeConfig(**_nested({'stop_at_repetition': True, **keys}))
+
+
+def changed(config: TreeConfig, **keys: Any) -> TreeConfig:
+    """The same config but for some flat keys."""
+    return TreeConfig(**merged(config.to_note(), _nested(keys)))
+
+
+def _nested(keys: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
     for key, value in keys.items():
         *sections, name = PLACES.get(key, (key,))
         target = values
         for section in sections:
             target = target.setdefault(section, {})
         target[name] = value
-    policies = {'branching': 'even', 'budget': 'by_width', 'fallback': 'random_segment'}
+    repeats = values.pop('stop_at_repetition', None)
+    if repeats is False:
+        values.setdefault('stop', {})['repetition'] = {'rule': 'none'}
+    elif repeats or 'repetition' in values.get('stop', {}):
+        values.setdefault('stop', {}).setdefault('repetition', {})['rule'] = 'windows'
     for (section, name), readers in READ_BY.items():
-        chosen = values.get(section, {}).get('policy', policies[section])
-        known = {reader for readers in READ_BY.values() for reader in readers} | {
-            *policies.values(),
-            'root',
-            'random_token',
-            'min_logprob_token',
-        }
-        if chosen in known and chosen not in readers:
+        chosen = values.get(section, {}).get('policy', DEFAULTS[section])
+        if chosen in KNOWN and chosen not in readers:
             values.get(section, {}).pop(name, None)
     if values.get('fallback', {}).get('policy') in ('root', 'none'):
         for name in ('candidates', 'window'):
             values['fallback'].pop(name, None)
-    if values['stop'].get('answer', {}).get('detector') != 'tags':
-        values['stop'].get('answer', {}).pop('tags', None)
-    if values['stop'].get('answer', {}).get('detector') == 'none':
+    answer = values.get('stop', {}).get('answer', {})
+    if answer.get('detector') != 'tags':
+        answer.pop('tags', None)
+    if answer.get('detector') == 'none':
         values['stop']['answer'] = 'none'
-    return TreeConfig(**values)
+    return values
+
+
+DEFAULTS = {'branching': 'even', 'budget': 'by_width', 'fallback': 'random_segment'}
+KNOWN = {reader for readers in READ_BY.values() for reader in readers} | {
+    *DEFAULTS.values(),
+    'root',
+    'random_token',
+    'min_logprob_token',
+}

@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip('swift')
 
+from tests.flat import flat
 from tests.integration.fake_engine import FakeEngine
 from tests.integration.test_scheduler import requests, rollout, scheduler, tree_of
 from treepo_swift.advantage.batch import tree_advantages
@@ -111,4 +112,4 @@ def test_methods_are_tree_configs_and_only_grpo_has_no_tree():
     }
     assert set(METHODS) - set(configs) == {'grpo'}
     assert (configs['grpo_tree'].estimator, configs['grpo_tree'].normalisation) == ('grpo', 'none')
-    assert configs['treepo'] == TreeConfig() and configs['treepo_more_init'].root_divergence == (2, 8)
+    assert configs['treepo'] == flat() and configs['treepo_more_init'].root_divergence == (2, 8)

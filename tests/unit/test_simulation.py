@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.builders import grow, segment_of
+from tests.flat import flat
 from treepo_swift.cli.main import main
 from treepo_swift.config import TreeConfig
 from treepo_swift.lab.lengths import LengthDistribution
@@ -39,7 +40,7 @@ COSTLY = dict(step_seconds_per_sequence=2**-5, step_seconds_per_context_token=2*
 
 def setup(schedule: str = 'stream', **changes) -> Setup:
     tree = {key: changes.pop(key) for key in list(changes) if key in TreeConfig.__dataclass_fields__ and key != 'seed'}
-    config = TreeConfig(**{'segment_length': 8, 'max_depth': 4, **tree})
+    config = flat(**{'segment_length': 8, 'max_depth': 4, **tree})
     values = dict(prompts=3, width=4, prompt_tokens=6, lengths=LengthDistribution.fixed(config.max_response_tokens))
     return Setup(config, schedule, **{**values, **changes})
 
@@ -405,7 +406,7 @@ def test_a_cache_for_less_than_one_response_is_refused():
 
 
 def bench_file(tmp_path, workload: str, seconds: dict[str, float], **settings) -> str:
-    config = TreeConfig(segment_length=8, max_depth=4).to_dict()
+    config = flat(segment_length=8, max_depth=4).to_dict()
     settings = dict(prompts=3, width=4, prompt_tokens=6.4, config=config, workload=workload, max_tokens=32, **settings)
     modes = {mode: {'seconds': {'median': median}} for mode, median in seconds.items()}
     file = tmp_path / f'{workload}.json'

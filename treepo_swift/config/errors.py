@@ -69,7 +69,7 @@ def explained(error: ValidationError, model: type[BaseModel], values: Mapping[st
     """The same error in words for users, one sentence for each value that is wrong."""
     problems: dict[Keys, str] = {}
     for details in error.errors(include_url=False):
-        keys = tuple(_keys(details['loc'], values))
+        keys = tuple(_keys(details['loc'], values, missing=details['type'] == 'missing'))
         sentence = _sentence(details, keys, model, values)
         begun = problems.get(keys, '').removesuffix('.')
         # A value that may be of several kinds has an error for each.
@@ -89,7 +89,7 @@ def _sentence(details: Any, keys: Keys, model: type[BaseModel], values: Mapping[
     return f'{name}={details["input"]!r}: {message}.'
 
 
-def _keys(location: tuple[Any, ...], values: Any) -> Iterator[str]:
+def _keys(location: tuple[Any, ...], values: Any, *, missing: bool) -> Iterator[str]:
     """The keys of a location as users wrote them, without pydantic's names for members of unions."""
     for index, part in enumerate(location):
         if isinstance(values, Mapping) and part in values:
@@ -97,7 +97,7 @@ def _keys(location: tuple[Any, ...], values: Any) -> Iterator[str]:
             values = values[part]
         elif isinstance(values, (list, tuple)) and isinstance(part, int):
             return  # the error is about the whole list
-        elif index == len(location) - 1 and isinstance(values, Mapping):
+        elif index == len(location) - 1 and (missing or isinstance(values, Mapping)):
             yield str(part)
 
 
@@ -109,7 +109,7 @@ def _unknown(keys: Keys, model: type[BaseModel], values: Mapping[str, Any]) -> s
         return f'{key!r} does not exist any more: {GONE[key]}. Leave it out.'
     members = [model]
     for section in sections:
-        members = [inner for cls in members if section in cls.model_fields for inner in _models(cls, section)]
+        members = [inner for cls in members if section in cls.model_fields for inner in models_of(cls, section)]
         values = values[section] if isinstance(values.get(section), Mapping) else {}
     having = [cls for cls in members if key in cls.model_fields]
     name = '.'.join(keys)
@@ -120,7 +120,7 @@ def _unknown(keys: Keys, model: type[BaseModel], values: Mapping[str, Any]) -> s
     return f'unknown key {name!r}. Allowed are: {", ".join(allowed)}.'
 
 
-def _models(cls: type[BaseModel], key: str) -> list[type[BaseModel]]:
+def models_of(cls: type[BaseModel], key: str) -> list[type[BaseModel]]:
     """The sections that can stand under `key`."""
     found: list[type[BaseModel]] = []
     unread: list[Any] = [cls.model_fields[key].annotation]

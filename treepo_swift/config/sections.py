@@ -282,10 +282,13 @@ class LoopRepetition(Section):
     """The end of the text is one unit over and over: a loop that would go on."""
 
     rule: Literal['loop']
-    repeats: Annotated[int, Strict(), Field(ge=2)] = 8
+    repeats: Annotated[int, Strict(), Field(ge=3)] = 8
     """Fewest repeats of the unit."""
     characters: Positive = 500
     """Fewest characters of all repeats together."""
+    near_characters: NotNegative = 0
+    """Also stop at so many characters in a row that hold nothing new but digits ("Step 17: ... Step 18: ..."). 0 does
+    not look for them: long honest enumerations look the same. See docs/policies.md for figures."""
 
 
 class WindowRepetition(Section):

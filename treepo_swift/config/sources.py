@@ -87,6 +87,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(
             f'{path} (named by {CONFIG_ENV}) must hold "key: value" lines, not a {type(values).__name__}.'
         )
+    if not all(isinstance(key, str) for key in values):
+        raise ConfigError(f'{path} (named by {CONFIG_ENV}): keys must be names, not {list(values)}.')
     return values
 
 

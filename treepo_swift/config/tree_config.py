@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -122,8 +123,6 @@ class TreeConfig(Section):
             return cls(**values)
         except ConfigError as e:
             raise ConfigError(f'{where}: {e}', e.problems) from None
-        except TypeError:
-            raise ConfigError(f'{where}: keys must be names, not {list(values)}.') from None
 
     @classmethod
     def load(cls, environ: Mapping[str, str] | None = None) -> TreeConfig:
@@ -141,14 +140,17 @@ class TreeConfig(Section):
     @classmethod
     def load_for(cls, max_response: int, environ: Mapping[str, str] | None = None) -> TreeConfig:
         """Like `load`, for turns of at most `max_response` tokens: what of S and D was not given is chosen so that D
-        segments fill that length. A segment then is whole KV blocks, so D x S may be a little more."""
+        segments fill that length. S then is whole KV blocks, and the last segment of a full path may be shorter."""
         config = cls.load(environ)
+        length, depth = config.segment_length, config.max_depth
         if config.is_given('segment_length') and config.is_given('max_depth'):
             return config
-        if config.is_given('segment_length'):
-            return config.replace(max_depth=-(-max_response // config.segment_length))
-        length = -(-max_response // config.max_depth)
-        return config.replace(segment_length=-(-length // KV_BLOCK) * KV_BLOCK)
+        if not config.is_given('segment_length'):
+            length = KV_BLOCK * math.ceil(max_response / depth / KV_BLOCK)
+        filled = config.replace(segment_length=length, max_depth=math.ceil(max_response / length))
+        # Chosen, not given.
+        filled.__pydantic_fields_set__.difference_update({'segment_length', 'max_depth'} - config.model_fields_set)
+        return filled
 
     def is_given(self, key: str) -> bool:
         """Whether somebody set this top-level `key`; False where it is the default."""
@@ -178,10 +180,9 @@ class TreeConfig(Section):
         return self.max_depth * self.segment_length
 
     def check_fits(self, limit: int, name: str) -> None:
-        """Raise `ConfigError` where somebody asked for paths of more than `limit` tokens; `name` is the option that
-        sets it. Where S or D were chosen to fill a length, that length is the limit already."""
-        asked = self.is_given('segment_length') and self.is_given('max_depth')
-        if asked and self.max_response_tokens > limit:
+        """Raise `ConfigError` where the last segment of a path would begin past `limit` tokens; `name` is the option
+        that sets it."""
+        if self.max_response_tokens - self.segment_length >= limit:
             raise ConfigError(
                 f'max_depth x segment_length = {self.max_depth} x {self.segment_length} = {self.max_response_tokens} '
                 f'tokens is over {name} = {limit}. Lower max_depth or segment_length, or raise {name}.'

@@ -37,13 +37,14 @@ class LoopDetector:
     occurred d < p characters earlier, then p + d characters or more would have the periods p and d, so also gcd(p, d)
     (Fine and Wilf), and with them the whole stretch: p would not be the least. So the closest occurrence is p away.
     A stretch is sure to hold the end of such a block if blocks end every L(p) - p - w + 1 characters. What `rfind` says
-    is checked by comparing the text with itself, shifted. It compares at most w characters at w places for each block,
-    and blocks end at least w / 2 apart: the worst text costs 2 * w comparisons a character.
+    is checked by comparing the text with itself, shifted. `rfind` compares at most w characters at w places for a
+    block, and blocks end at least w / 2 apart: the worst text costs 2 * w comparisons a character.
 
     With `near_characters` also near-loops: so many characters in a row that hold nothing new but digits ("Step 17: we
     check x. Step 18: we check x."). The text is cut into blocks of 32 characters from its start on. A block holds
     nothing new if it occurs within the 1,024 characters before it, all digits taken as the same. This is off unless
     asked for: a long enumeration and a table of numbers look precisely like that.
+    `examples/ablations/repetition_rules.py` counts what either rule stops.
     """
 
     def __init__(
@@ -73,15 +74,21 @@ class LoopDetector:
 
     def feed(self, state: LoopState, text: str) -> LoopState:
         """The state after `text` has followed what led to `state`. Once found, stays found."""
-        if state.found or not text:
-            return state
+        # A candidate is compared with all of a piece, so long texts are cut: into what is not short beside the tail.
+        size = max(8192, self._keep)
+        for begin in range(0, len(text), size):
+            if not state.found:
+                state = self._feed_piece(state, text[begin : begin + size])
+        return state
+
+    def _feed_piece(self, state: LoopState, text: str) -> LoopState:
         seam = state.tail + text
         if self._has_loop(seam, len(state.tail)):
             return LoopState(found=True)
         partial, stale = 0, 0
         if self.near_characters is not None:
-            partial, stale, found = self._feed_blocks(state, seam)
-            if found:
+            partial, stale = self._feed_blocks(state, seam, enough=self.near_characters)
+            if stale >= self.near_characters:
                 return LoopState(found=True)
         return LoopState(seam[-self._keep :], partial=partial, stale=stale)
 
@@ -103,19 +110,17 @@ class LoopDetector:
                 if found >= 0:
                     yield begin - found
 
-    def _feed_blocks(self, state: LoopState, seam: str) -> tuple[int, int, bool]:
-        """`partial` and `stale` after the new text, and whether they make a near-loop."""
+    def _feed_blocks(self, state: LoopState, seam: str, *, enough: int) -> tuple[int, int]:
+        """`partial` and `stale` after the new text, or where there are `enough` stale characters in a row."""
         skipped = max(0, len(state.tail) - state.partial - NEAR_REACH)
         text = _digits_alike(seam[skipped:])
         begin, stale = len(state.tail) - state.partial - skipped, state.stale
-        while begin + NEAR_BLOCK <= len(text):
+        while stale < enough and begin + NEAR_BLOCK <= len(text):
             block = text[begin : begin + NEAR_BLOCK]
             is_stale = text.rfind(block, max(0, begin - NEAR_REACH), begin + NEAR_BLOCK - 1) >= 0
             stale = stale + NEAR_BLOCK if is_stale else 0
-            if stale >= self.near_characters:
-                return 0, stale, True
             begin += NEAR_BLOCK
-        return len(text) - begin, stale, False
+        return len(text) - begin, stale
 
 
 def is_loop(

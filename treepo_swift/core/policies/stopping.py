@@ -61,7 +61,8 @@ def repetition_detector(config: TreeConfig) -> RepetitionRule | None:
     """What looks for the repetition that `config` names, None for none."""
     rule = config.stop.repetition
     if isinstance(rule, LoopRepetition):
-        return LoopDetector(repeats=rule.repeats, characters=rule.characters)
+        near = rule.near_characters or None
+        return LoopDetector(repeats=rule.repeats, characters=rule.characters, near_characters=near)
     if isinstance(rule, WindowRepetition):
         return RepetitionDetector(rule.length, rule.count)
     return None
