@@ -17,6 +17,8 @@ MAX_HOOK_THREADS = 256
 its command pipe, so hooks get threads of their own."""
 IDLE_SECONDS = 20.0
 """How long a thread waits for another hook before it ends."""
+CLOCK_SECONDS = 0.01
+"""More than what a timer of the event loop may come too early."""
 GRACE_SECONDS = 5.0
 """How long an async hook may take to end after it was cancelled."""
 
@@ -37,9 +39,9 @@ class HungHooksError(RuntimeError):
 class HookRunner:
     """Calls hooks, plain ones in threads and async ones on the loop, each with a deadline from when it runs."""
 
-    def __init__(self, max_threads: int = MAX_HOOK_THREADS) -> None:
+    def __init__(self) -> None:
         let_math_verify_run_in_threads()
-        self._threads = HookThreads(max_threads)
+        self._threads = HookThreads(MAX_HOOK_THREADS)
         self._hung_tasks: dict[asyncio.Task[Any], str] = {}
         """Async hooks that did not end when they were cancelled, with their names."""
 
@@ -127,6 +129,10 @@ class _Call:
         self.returned = False
 
     @property
+    def running(self) -> bool:
+        return self.started is not None and not self.returned
+
+    @property
     def seconds_left(self) -> float:
         return self.timeout if self.started is None else self.started + self.timeout - time.monotonic()
 
@@ -157,29 +163,28 @@ class _Call:
 class HookThreads:
     """At most `limit` calls run at one time, each in a thread; the others queue up without a deadline.
 
-    Threads are made when they are needed, used again, and end when nothing has come for a while. A call that nobody
-    waits for any more (its deadline has passed, or its batch was cancelled) gives its place to another thread at once.
-    Its own thread ends when the call returns, or is used again where there is room. Threads are daemons: one that
-    hangs does not keep the process alive.
+    Threads are made when they are needed, used again, and end when nothing has come for a while. A call that has passed
+    its deadline gives its place to another thread at once. Its own thread ends when the call returns, or is used again
+    where there is room. Threads are daemons: one that hangs does not keep the process alive.
     """
 
-    def __init__(self, limit: int, idle_seconds: float = IDLE_SECONDS) -> None:
+    def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._idle_seconds = idle_seconds
         self._changed = threading.Condition()
         # All of these are touched under the condition's lock only.
         self._queue: deque[_Call] = deque()
         self._threads = 0
-        """Those that run a call that somebody waits for, or are idle."""
+        """Those that run a call in time, or are idle."""
         self._idle = 0
-        self._left: set[_Call] = set()
-        """Running calls that nobody waits for."""
+        """Those of them that will take the next calls: new ones too."""
+        self._hung: set[_Call] = set()
+        """Calls that have passed their deadline and have not returned."""
 
     @property
     def hung(self) -> Counter[str]:
         """Calls that have passed their deadline and have not returned: how many of each name."""
         with self._changed:
-            return Counter(call.name for call in self._left if call.seconds_left <= 0)
+            return Counter(call.name for call in self._hung)
 
     async def run(self, name: str, work: Callable[[], Any], timeout: float) -> Any:
         """What `work` returns. Raises `TimeoutError` when it has run for `timeout` seconds."""
@@ -197,8 +202,10 @@ class HookThreads:
             raise _DeadlinePassed
         finally:
             call.future.cancel()
-            with self._changed:
-                self._leave(call)
+            self._leave(call)
+            if call.running and call.seconds_left > 0:
+                # Cancelled: those that queue up behind it are about to be, so that its place stays taken for now.
+                call.loop.call_later(call.seconds_left + CLOCK_SECONDS, self._leave, call)
 
     def _serve_queue(self) -> None:
         """Wake an idle thread, or start one."""
@@ -206,19 +213,19 @@ class HookThreads:
             self._changed.notify()
         elif self._threads < self._limit:
             self._threads += 1
+            self._idle += 1
             threading.Thread(target=self._work, name='treepo-hook', daemon=True).start()
 
     def _leave(self, call: _Call) -> None:
-        """Nobody waits for `call` any more."""
-        if call.returned:
-            return
-        if call.started is None:
-            self._queue.remove(call)
-            return
-        self._left.add(call)
-        self._threads -= 1
-        if self._queue:
-            self._serve_queue()
+        """Nobody waits for `call` any more. Where its deadline has passed, another thread takes its place."""
+        with self._changed:
+            if call.started is None:
+                self._queue.remove(call)
+            elif call.running and call.seconds_left <= 0 and call not in self._hung:
+                self._hung.add(call)
+                self._threads -= 1
+                if self._queue:
+                    self._serve_queue()
 
     def _work(self) -> None:
         """What a thread does: one call after the other."""
@@ -226,17 +233,17 @@ class HookThreads:
             outcome = call.run()
             with self._changed:
                 call.returned = True
-                if call in self._left:
-                    self._left.remove(call)
+                if call in self._hung:
+                    self._hung.remove(call)
                     if self._threads >= self._limit:
                         return  # Its place was taken.
                     self._threads += 1
+                self._idle += 1
             call.deliver(*outcome)
 
     def _next_call(self) -> _Call | None:
         with self._changed:
-            self._idle += 1
-            came = self._changed.wait_for(lambda: self._queue, timeout=self._idle_seconds)
+            came = self._changed.wait_for(lambda: self._queue, timeout=IDLE_SECONDS)
             self._idle -= 1
             if not came:
                 self._threads -= 1

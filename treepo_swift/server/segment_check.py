@@ -44,10 +44,10 @@ class SegmentCheck:
             raise HookError(detector, _where(search, path), f'{raised}: {e}', kind=raised) from e
 
     async def _ask_user(self, search: TreeSearch, path: Path, text: str) -> StopReason | None:
-        where, hook = _where(search, path), self._user.check_segment
-        verdict = await self._hooks.call(hook, path, text, timeout=self._config.faults.hook_timeout, where=where)
+        name, where = f'{type(self._user).__name__}.check_segment', _where(search, path)
+        timeout = self._config.faults.hook_timeout
+        verdict = await self._hooks.call(self._user.check_segment, path, text, timeout=timeout, where=where, name=name)
         if verdict is not None and not isinstance(verdict, StopReason):
-            name = f'{type(self._user).__name__}.check_segment'
             raise HookError(name, where, f'returned {verdict!r}, allowed are a StopReason or None')
         return verdict
 
