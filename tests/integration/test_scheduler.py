@@ -564,7 +564,8 @@ def test_an_answer_detector_that_raises_fails_only_its_paths():
     config = flat(segment_length=16, answer='test_odd', max_failure_fraction=1.0)
     outputs = rollout(requests('prompt', 'prompt', config=config), scheduler(words('some text')))
     assert [tree_of(o)['stop'] for o in outputs] == ['failed'] * 2
-    assert "answer: test_odd: raised KeyError: 'odd'" in tree_of(outputs[0])['error']
+    assert "stop.answer.detector='test_odd' on segment 1 of path" in tree_of(outputs[0])['error']
+    assert "raised KeyError: 'odd'" in tree_of(outputs[0])['error']
 
 
 @pytest.mark.parametrize(
