@@ -110,5 +110,6 @@ def test_methods_are_tree_configs_and_only_grpo_has_no_tree():
         if method.tree is not None
     }
     assert set(METHODS) - set(configs) == {'grpo'}
-    assert (configs['grpo_tree'].estimator, configs['grpo_tree'].normalisation) == ('grpo', 'none')
+    chosen = configs['grpo_tree'].advantage
+    assert (chosen.estimator, chosen.normalisation) == ('grpo', 'none')
     assert configs['treepo'] == flat() and configs['treepo_more_init'].root_divergence == (2, 8)
