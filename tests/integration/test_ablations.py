@@ -112,4 +112,4 @@ def test_methods_are_tree_configs_and_only_grpo_has_no_tree():
     assert set(METHODS) - set(configs) == {'grpo'}
     chosen = configs['grpo_tree'].advantage
     assert (chosen.estimator, chosen.normalisation) == ('grpo', 'none')
-    assert configs['treepo'] == flat() and configs['treepo_more_init'].root_divergence == (2, 8)
+    assert configs['treepo'] == TreeConfig() and configs['treepo_more_init'].root_divergence == (2, 8)
