@@ -3,4 +3,4 @@
 Importing this package loads no torch, vllm or swift: the search, the policies and the advantages are plain Python.
 """
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'

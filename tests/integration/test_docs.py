@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import treepo_swift
+
 pytest.importorskip('swift')
 
 ROOT = Path(__file__).parents[2]
@@ -28,3 +30,19 @@ def test_links_between_pages_lead_somewhere():
     for page in (ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'), *(ROOT / 'examples').rglob('*.md')):
         for target in re.findall(r'\]\((?!https?:|#)([^)#]+)', page.read_text()):
             assert (page.parent / target).exists(), f'{page.name}: {target}'
+
+
+def test_modules_that_the_docs_name_exist():
+    pages = [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'), *(ROOT / 'examples').rglob('*.md')]
+    for page in pages:
+        text = page.read_text()
+        for path in re.findall(r'\btreepo_swift/[\w/]+(?:\.py)?', text):
+            assert (ROOT / path).exists(), f'{page.name}: {path}'
+        for name in re.findall(r'\btreepo_swift((?:\.\w+)+)', text):
+            parts = name.strip('.').split('.')
+            while parts and not (ROOT / 'treepo_swift' / Path(*parts)).with_suffix('.py').exists():
+                if (ROOT / 'treepo_swift' / Path(*parts)).is_dir():
+                    break
+                parts.pop()
+            public = name.strip('.').split('.')[0] in treepo_swift.__all__
+            assert parts or public, f'{page.name}: treepo_swift{name}'

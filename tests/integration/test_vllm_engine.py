@@ -34,7 +34,7 @@ class Vllm:
 
     def __init__(self, *, ranks: int, policy: str, length: int = 10**6, gone_after: int = 10**6) -> None:
         self.vllm_config = SimpleNamespace(
-            model_config=SimpleNamespace(max_model_len=1000, max_logprobs=20),
+            model_config=SimpleNamespace(max_model_len=1000, max_logprobs=20, dtype='torch.bfloat16'),
             cache_config=SimpleNamespace(block_size=16, num_gpu_blocks=100),
             parallel_config=SimpleNamespace(data_parallel_size=ranks),
             scheduler_config=SimpleNamespace(policy=policy),

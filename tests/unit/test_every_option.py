@@ -41,7 +41,7 @@ TREE_KEYS: dict[str, tuple[Any, Any]] = {
     'budget.policy': ({'policy': 'by_segment_tokens', 'tokens': 120}, 'by_trajectory_tokens'),
     'budget.tokens': ({'policy': 'by_trajectory_tokens', 'tokens': 200}, 90),
     'fallback.policy': ('random_segment', 'random_token'),
-    'fallback.candidates': ('random_token', 'any'),
+    'fallback.candidates': ({'policy': 'random_segment'}, 'any'),
     'fallback.window': ('random_token', 1),
     'fallback.block': (BLOCK, 3),
     'fallback.favour': (LOGPROB_BLOCK, 'high'),
@@ -49,7 +49,7 @@ TREE_KEYS: dict[str, tuple[Any, Any]] = {
     'stop.answer.detector': ('boxed', 'tags'),
     'stop.answer.tags': ('tags', ('b', 'y')),
     'stop.answer.needs_eos': ('boxed', True),
-    'stop.repetition.rule': ('windows', 'loop'),
+    'stop.repetition': ({'rule': 'windows', 'length': 2, 'count': 2}, {'rule': 'loop', 'repeats': 3, 'characters': 2}),
     'stop.repetition.length': ({'rule': 'windows', 'length': 8, 'count': 2}, 2),
     'stop.repetition.count': ({'rule': 'windows', 'length': 2, 'count': 4}, 2),
     'stop.repetition.repeats': ({'rule': 'loop', 'repeats': 3, 'characters': 4}, 30),
@@ -70,6 +70,7 @@ ELSEWHERE = {
     'branching.options': 'tests/unit/test_policies.py::test_options_reach_a_policy_of_ones_own',
     'fallback.options': 'tests/unit/test_policies.py::test_options_reach_a_policy_of_ones_own',
     'advantage.options': 'tests/unit/test_estimators.py::test_options_reach_an_estimator_of_ones_own',
+    'stop.repetition.near_characters': 'tests/unit/test_stopping.py::test_near_loops_are_found_where_asked',
     'stop.answer.after': f'{SCHEDULER}::test_an_answer_is_found_across_segments_and_cut_where_asked',
     'seed': f'{SCHEDULER}::test_the_configs_seed_and_the_step_change_the_tree',
     'faults.max_retries': f'{SCHEDULER}::test_engine_errors_are_retried_and_then_grown_around',
@@ -99,7 +100,7 @@ def trees(config: TreeConfig) -> list[list[tuple]]:
     grown = []
     for seed in range(12):
         search = make_search(config, WIDTH, seed=seed)
-        search._context = dataclasses.replace(search._context, progress=0.9)
+        search.forks._context = dataclasses.replace(search.forks._context, progress=0.9)
         grow(search, answer=speak)
         grown.append([(path.stop, response_ids(path.leaf)) for path in search.tree.trajectories])
     return grown
@@ -131,7 +132,9 @@ def keys_of(model: type[BaseModel], prefix: str = '') -> set[str]:
 
 
 def test_every_key_is_covered():
-    assert keys_of(TreeConfig) == {*TREE_KEYS, *ADVANTAGE_KEYS, *ELSEWHERE}
+    assert keys_of(TreeConfig) - {'stop.repetition.rule'} == {*TREE_KEYS, *ADVANTAGE_KEYS, *ELSEWHERE} - {
+        'stop.repetition'
+    }
 
 
 def test_what_covers_a_key_elsewhere_exists():
@@ -151,8 +154,9 @@ def test_a_key_changes_what_happens(key):
     observe: Callable[[TreeConfig], Any] = trees if key in TREE_KEYS else advantages
     chosen, value = {**TREE_KEYS, **ADVANTAGE_KEYS}[key]
     section, _, name = key.rpartition('.')
-    at = key if name in (*TOP_KEYS, 'order') else section
-    before = with_value(TreeConfig(**BASE), at, chosen)
-    after = with_value(before, section, value) if isinstance(value, dict) else with_value(before, key, value)
+    base = TreeConfig(**{**BASE, 'max_depth': 3 if key == 'fallback.candidates' else 5})
+    at = key if name in (*TOP_KEYS, 'order', 'repetition') else section
+    before = with_value(base, at, chosen)
+    after = with_value(base if at == key else before, key, value)
     assert before != after and observe(before) == observe(before)
     assert observe(before) != observe(after)

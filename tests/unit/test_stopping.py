@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.flat import flat
-from treepo_swift.config import ConfigError
+from treepo_swift.config import ConfigError, TreeConfig
 from treepo_swift.core.policies import repetition
 from treepo_swift.core.policies.answers import answer_detectors, register_answer
 from treepo_swift.core.policies.repetition import RepetitionDetector
@@ -334,3 +334,17 @@ def test_first_stop_string_is_the_one_that_completes_first():
     assert first_stop_string('a<end>b<stop>', ['<stop>', '<end>']) == '<end>'
     assert first_stop_string('abc', ['bc', 'abc']) == 'abc' or first_stop_string('abc', ['bc', 'abc']) == 'bc'
     assert first_stop_string('abc', ['d']) is None
+
+
+def test_near_loops_are_found_where_asked():
+    steps = ''.join(f'Step {i}: we look at the next case and see that nothing has changed. ' for i in range(60))
+    assert check_text(steps, TreeConfig()) is None
+    near = TreeConfig(stop={'repetition': {'rule': 'loop', 'near_characters': 2000}})
+    assert check_text(steps, near) is StopReason.REPETITION and check_text(steps[:1900], near) is None
+
+
+def test_a_loop_stops_a_path_and_text_that_repeats_itself_does_not():
+    table = '| --- | --- |\n' * 20 + '-' * 39
+    assert check_text(table, TreeConfig()) is None
+    assert check_text(table, TreeConfig(stop={'repetition': 'windows'})) is StopReason.REPETITION
+    assert check_text('Let me think about this again. ' * 17, TreeConfig()) is StopReason.REPETITION

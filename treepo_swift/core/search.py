@@ -9,27 +9,19 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from treepo_swift.config import TreeConfig
 
-from .budgets import TokenBudget, next_width, paced_width
+from .forks import Forks, PolicyError
 from .messages import Limits, NextTurn, Segment, SegmentRequest
-from .policies import fallback
-from .policies.branching import BranchContext, branching_policies, may_fork
+from .policies.branching import may_fork
 from .policies.stopping import first_reason
-from .tree import Node, Path, StopReason, Tree, sampled_tokens, turns_before
+from .tree import Node, Path, StopReason, Tree, sampled_tokens
 
 MAX_FAILURES_PER_WIDTH = 2
 """A tree gives up and fills itself with placeholders after this many failed segments per wanted trajectory."""
-
-T = TypeVar('T')
-
-
-class PolicyError(RuntimeError):
-    """A branching or cut policy raised, or returned what it may not return. It fails its tree."""
 
 
 @dataclass(slots=True)
@@ -41,13 +33,6 @@ class _Round:
     survivors: dict[int, Node] = field(default_factory=dict)
     finished: dict[int, Path] = field(default_factory=dict)
     failed: int = 0
-
-
-def check_policies(config: TreeConfig) -> None:
-    """Raise ``ValueError`` where `config` names a policy that nobody registered."""
-    branching_policies[config.branching.policy]
-    if config.fallback.policy not in ('root', 'none'):
-        fallback.cut_policies[config.fallback.policy]
 
 
 class TreeSearch:
@@ -91,7 +76,6 @@ class TreeSearch:
         """`progress` is the share of the training that is done, for scheduled temperatures."""
         if width < 1:
             raise ValueError(f'width={width}: a tree has at least one trajectory.')
-        check_policies(config)
         self.config = config
         self.width = width
         self.limits = limits
@@ -101,13 +85,11 @@ class TreeSearch:
         self.last_error = ''
         self._room = limits.max_context - len(prompt_ids)
         """Tokens that a path may have in all its turns."""
-        self._rng = rng
         self._seed = rng.getrandbits(64)
-        self._context = BranchContext(config, rng, progress)
-        self._budget = TokenBudget(config, width)
+        self.forks = Forks(config, tree=self.tree, width=width, limits=limits, rng=rng, progress=progress)
+        self._budget = self.forks.budget
         # A budget that shrinks with every token of every path has to be asked before each segment.
         self._runs_on = not (by_segment or self._budget.is_per_tree)
-        self._first = 0
         self._started = False
         self._last_path = 0
         self._paths: dict[int, Path] = {}
@@ -138,25 +120,20 @@ class TreeSearch:
         """Paths that have not ended."""
         return len(self._paths)
 
-    @property
-    def can_fall_back(self) -> bool:
-        """Whether a path may still start from a node of the tree that no live path stands on."""
-        return self.config.fallback.policy not in ('none', 'root')
-
     def open_nodes(self) -> Iterator[Node]:
         """Nodes from which a path may still go on: where paths stand, where forks are to be decided, and the root where
-        fallback may start there. With `can_fall_back` they are the ends of all paths, which may be cut anywhere."""
+        fallback may start there. Where fallback may cut they are the ends of all paths, which may be cut anywhere."""
         if self.done:
             return
         yield from (path.leaf for path in self._paths.values())
         yield from (path.leaf for path in self._live)
         for round_ in self._rounds.values():
             yield from round_.survivors.values()
-            if self.can_fall_back:
+            if self.forks.may_cut:
                 yield from (path.leaf for path in round_.finished.values())
-        if self.can_fall_back:
+        if self.forks.may_cut:
             yield from (path.leaf for path in self.tree.trajectories)
-        if self._fills_itself:
+        if self.forks.may_fall_back:
             yield self.tree.root
 
     def start(self, allowance: int | None = None) -> list[SegmentRequest]:
@@ -170,11 +147,9 @@ class TreeSearch:
                 f'{self.limits.max_context} in all, so that no room is left for a response'
             )
             return []
-        first = min(self._draw(self.config.root_divergence), self.width)
-        first = min(first, self._paced_width(self.tree.root, first))
-        self._first = min(first, self._budget.affordable([Path(self.tree.root)], allowance))
-        self.tree.stats.forks += self._first - 1
-        return self._launch([Path(self.tree.root) for _ in range(self._first)])
+        first = self.forks.from_the_prompt(allowance)
+        self.tree.stats.forks += len(first) - 1
+        return self._launch(first)
 
     def path(self, path_id: int) -> Path:
         """A growing path."""
@@ -288,7 +263,7 @@ class TreeSearch:
             live = self._close(self._rounds.pop(self._now))
             if self.done:
                 break
-            if self._budget.is_per_depth and (live or self._fills_itself):
+            if self._budget.is_per_depth and (live or self.forks.may_fall_back):
                 self.waiting, self._live = True, live
                 break
             requests += self._branch(live)
@@ -307,7 +282,7 @@ class TreeSearch:
         counts = dict.fromkeys((path.id for path in live), 1)
         forking = [path for path in live if may_fork(path.leaf, self.config)]
         if forking:
-            branches = self._branches(forking, len(live), allowance)
+            branches = self.forks.branches(forking, live=len(live), ended=self._ended, allowance=allowance)
             counts.update(zip((path.id for path in forking), branches, strict=True))
             self._ended = 0
         # Every path once before any twice: a token budget that runs out takes the forks, not the paths.
@@ -323,9 +298,7 @@ class TreeSearch:
         """Requests for new branches from prefixes of finished paths; placeholders where there can be none."""
         self._ended = 0
         missing = self.width - len(self.tree.trajectories)
-        grown = [path for path in self.tree.trajectories if path.leaf.length]
-        starts = self._fallback_starts(min(missing, self._budget.affordable(grown, allowance)))
-        requests = self._launch(starts)
+        requests = self._launch(self.forks.from_finished(allowance))
         self.tree.stats.fallbacks += len(requests)
         if not requests:
             for index in range(missing):
@@ -365,83 +338,7 @@ class TreeSearch:
         most = min(depths * limit, self.limits.max_response - (used - start.length), self._room - used)
         return SegmentRequest(path.id, path.leaf, most, limit, self._request_seed(path))
 
-    # How many branches, and from where.
-
-    def _branches(self, forking: list[Path], live: int, allowance: int | None) -> list[int]:
-        """How many branches each of `forking` has, which are some or all of the `live` paths."""
-        finished = len(self.tree.trajectories) + live - len(forking)
-        cap = min(self.width, max(self._paced_width(path.leaf, self._first) for path in forking))
-        total = next_width(
-            live=len(forking),
-            finished=finished,
-            ended=self._ended,
-            width=min(cap, finished + self._budget.affordable(forking, allowance)),
-            divergence=self._draw(self.config.divergence),
-        )
-        name = self.config.branching.policy
-        counts = _asked(f'branching policy {name!r}', lambda: branching_policies[name](forking, total, self._context))
-        if (
-            not isinstance(counts, (list, tuple))
-            or len(counts) != len(forking)
-            or not all(isinstance(count, int) and count >= 1 for count in counts)
-            or sum(counts) != total
-        ):
-            raise PolicyError(
-                f'branching policy {name!r} returned {counts!r} for {len(forking)} live paths and {total} branches: it '
-                'must give every path at least one, and all of them out.'
-            )
-        return list(counts)
-
-    def _paced_width(self, node: Node, first: int) -> int:
-        """Most paths that may exist while what follows `node` grows."""
-        by_turn = self.config.fork_at == 'turn'
-        depth = 1 + (turns_before(node) if by_turn else node.depth)
-        last = self.limits.max_turns if by_turn else self.config.max_depth
-        return paced_width(self.config, width=self.width, depth=depth, first=first, last=last)
-
-    @property
-    def _fills_itself(self) -> bool:
-        """Whether fallback can grow something where no path lives."""
-        policy = self.config.fallback
-        return policy.policy != 'none' or policy.fill == 'root'
-
-    def _fallback_starts(self, needed: int) -> list[Path]:
-        """Up to `needed` paths that start from prefixes of finished ones, or from the root."""
-        if self.config.fallback.policy == 'none':
-            return self._from_root(needed) if self._fills_itself else []
-        divergence = self._draw(self.config.divergence)
-        chosen: list[int] = []
-        if self.can_fall_back:
-            chosen = fallback.candidates(self.tree.trajectories, self.config, self._rng)
-        if not chosen:
-            return self._from_root(min(divergence, needed))
-        starts: list[Path] = []
-        for index in chosen:
-            path = self.tree.trajectories[index]
-            position = self._cut_position(path)
-            for _ in range(min(divergence, needed - len(starts))):
-                if self._budget.covers([*(start.leaf.length for start in starts), position]):
-                    starts.append(Path(self.tree.node_at(path, position), fallback_from=index))
-        return starts
-
-    def _from_root(self, count: int) -> list[Path]:
-        return self._budget.covered([Path(self.tree.root, fallback_from=-1) for _ in range(count)])
-
-    def _cut_position(self, path: Path) -> int:
-        """How many tokens of a finished path a fallback branch keeps."""
-        name = self.config.fallback.policy
-        context = fallback.cut_context(path, self.config, self._rng)
-        position = _asked(f'fallback {name!r}', lambda: fallback.cut_policies[name](path, context))
-        if not isinstance(position, int) or not context.low <= position <= context.high:
-            raise PolicyError(
-                f'fallback {name!r} returned {position!r}, allowed are {context.low} to {context.high} tokens.'
-            )
-        return fallback.next_start(path, position, self.config)
-
     # Keeping count.
-
-    def _draw(self, number: int | tuple[int, int]) -> int:
-        return self._rng.randint(*number) if isinstance(number, tuple) else number
 
     def _limits_reached(self, node: Node) -> list[StopReason]:
         start = node.turn_start
@@ -489,11 +386,3 @@ class TreeSearch:
         """Of the path and its depth alone, so that no way of asking changes what the tree's generator draws."""
         digest = hashlib.blake2b(f'{self._seed}:{path.id}:{path.leaf.depth}'.encode(), digest_size=4).digest()
         return int.from_bytes(digest, 'big') >> 1
-
-
-def _asked(owner: str, policy: Callable[[], T]) -> T:
-    """What a policy returns; whatever it raises becomes a `PolicyError` that names it."""
-    try:
-        return policy()
-    except Exception as e:
-        raise PolicyError(f'{owner} raised {type(e).__name__}: {e}') from e

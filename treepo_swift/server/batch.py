@@ -156,7 +156,8 @@ class RolloutBatch:
 
     async def _begin_engine(self) -> None:
         branching = self._config.branching
-        top_logprobs = branching.top_k if branching.policy == 'entropy' else 0
+        by_entropy = self._mode == 'tree' and branching.policy == 'entropy'
+        top_logprobs = branching.top_k if by_entropy else 0
         await self._engine.begin_batch(self._request_config, top_logprobs=top_logprobs)
 
     # Groups become planted trees.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from treepo_swift.config import ConfigError, TreeConfig
+from treepo_swift.core.forks import check_policies
 from treepo_swift.core.policies.stopping import TextChecker
-from treepo_swift.core.search import check_policies
 
 from .engine import EngineInfo
 from .grouping import Group

@@ -57,6 +57,8 @@ class EngineInfo:
     """Data-parallel ranks."""
     kv_tokens: int = 0
     """Tokens that the KV cache of one rank holds; 0 where that is not known."""
+    dtype: str = ''
+    """In which it computes, 'float32' for instance; empty where that is not known."""
 
 
 class SegmentEngine(Protocol):

@@ -142,7 +142,7 @@ class EnvironmentStates:
             while start is not None and start not in starts:
                 starts.add(start)
                 # A fallback may keep any number of turns of a path.
-                start = start.start if self._search.can_fall_back else None
+                start = start.start if self._search.forks.may_cut else None
         return starts
 
     def _concerns(self, hook: str, state: str) -> bool:

@@ -85,6 +85,7 @@ class VllmSegmentEngine:
             max_logprobs=int(config.model_config.max_logprobs),
             ranks=ranks,
             kv_tokens=int(config.cache_config.num_gpu_blocks or 0) * block_size // ranks,
+            dtype=str(config.model_config.dtype).removeprefix('torch.'),
         )
         self._by_priority = config.scheduler_config.policy == 'priority'
         self._encoders = ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix='treepo-encode')

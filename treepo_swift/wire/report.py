@@ -10,6 +10,8 @@ from typing import Any
 from treepo_swift.core.tree import StopReason, Tree, TreeStats
 
 REPORT_KEY = 'tree'
+FAILURE_KEY = 'tree_failure'
+"""In ``rollout_infos`` of an answer without a report (evaluation) that failed: the error."""
 MAX_ERROR = 500
 """Characters of an error that travel."""
 

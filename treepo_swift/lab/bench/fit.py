@@ -16,7 +16,8 @@ from treepo_swift.server.engine import Placement, Prompt
 from treepo_swift.server.vllm_engine import VllmSegmentEngine
 
 from . import fake
-from .engine import hardware, ignore_eos
+from .engine import ignore_eos
+from .result import hardware
 
 if TYPE_CHECKING:
     from swift.infer_engine import GRPOVllmEngine
