@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Creates .venv with everything that the quickstart and the tests need on a machine without a GPU. Does nothing
-# when it is there and neither setup.cfg nor this script has changed.
+# when it is there and neither the dependencies in pyproject.toml nor this script have changed.
 #
 #   bash scripts/cpu_env.sh                 # PYTHON=python3.11 chooses the interpreter
 #   bash scripts/cpu_env.sh --dry-run       # only say which way to torch would be taken
@@ -31,8 +31,11 @@ done
 case $only in '' | 1 | 2 | 3) ;; *) stop "way $only: must be 1, 2 or 3" ;; esac
 
 # The stamp holds the way that was taken.
-stamp=$venv/.installed-$(cat "$root/setup.cfg" "$root/scripts/cpu_env.sh" "$root/scripts/cpu_requirements.py" |
-    cksum | tr -d ' ')
+# In pyproject.toml the settings of ruff, mypy and the like come last: they are nothing to install.
+stamp=$venv/.installed-$(
+    { sed '/^\[tool\./,$d' "$root/pyproject.toml" && cat "$root"/scripts/cpu_env.sh "$root"/scripts/cpu_requirements.py; } |
+        cksum | tr -d ' '
+)
 [ -z "$dry_run" ] && [ -f "$stamp" ] && [ "${only:-$(cat "$stamp")}" = "$(cat "$stamp")" ] && exit 0
 
 # Runs pip; its output goes to the log, and that of the last run also to a file of its own.

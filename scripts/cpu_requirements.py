@@ -1,6 +1,6 @@
-"""What `cpu_env.sh` gives to pip: the `cpu` extra of setup.cfg and what vLLM's CPU build requires, both without torch.
+"""What `cpu_env.sh` gives to pip: the `cpu` extra in pyproject.toml and what vLLM's CPU build requires, without torch.
 
-    python cpu_requirements.py                     # prints vLLM's CPU build, as setup.cfg pins it
+    python cpu_requirements.py                     # prints vLLM's CPU build, as it is pinned there
     python cpu_requirements.py REPORT REST.txt     # prints the version of torch it was built for; writes all else
 
 REPORT is what `pip install --report` wrote about that build. Nothing but pip is installed when this runs.
@@ -8,9 +8,9 @@ REPORT is what `pip install --report` wrote about that build. Nothing but pip is
 
 from __future__ import annotations
 
-import configparser
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 from pip._vendor.packaging.requirements import Requirement
@@ -23,7 +23,7 @@ PyPI's want CUDA, and transformers imports torchvision wherever it finds it."""
 
 
 def main(report: str = '', rest: str = '') -> None:
-    extra = cpu_extra(Path(__file__).resolve().parents[1] / 'setup.cfg')
+    extra = cpu_extra(Path(__file__).resolve().parents[1] / 'pyproject.toml')
     if not report:
         print(*(pin for pin in extra if canonicalize_name(pin.name) == ENGINE))
         return
@@ -34,9 +34,8 @@ def main(report: str = '', rest: str = '') -> None:
 
 
 def cpu_extra(config: Path) -> list[Requirement]:
-    parser = configparser.ConfigParser()
-    parser.read(config)
-    return [Requirement(line) for line in parser['options.extras_require']['cpu'].split('\n') if line]
+    project = tomllib.loads(config.read_text())['project']
+    return [Requirement(line) for line in project['optional-dependencies']['cpu']]
 
 
 def engine_requirements(report: Path) -> list[Requirement]:

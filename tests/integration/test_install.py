@@ -67,7 +67,7 @@ class World:
         self.folder = folder
         self.venv = folder / 'repository' / '.venv'
         (folder / 'repository' / 'scripts').mkdir(parents=True)
-        shutil.copy(ROOT / 'setup.cfg', folder / 'repository')
+        shutil.copy(ROOT / 'pyproject.toml', folder / 'repository')
         for script in ('cpu_env.sh', 'cpu_requirements.py'):
             shutil.copy(ROOT / 'scripts' / script, folder / 'repository' / 'scripts')
         (folder / 'engine.json').write_text(json.dumps(ENGINE))
@@ -195,10 +195,10 @@ def test_a_dry_run_installs_nothing(world: World) -> None:
     assert not list(world.venv.glob('.installed-*'))
 
 
-def append(name: str) -> Callable[[World], None]:
+def add_line(name: str, *, at_the_end: bool) -> Callable[[World], None]:
     def change(world: World) -> None:
-        with (world.venv.parent / name).open('a') as file:
-            file.write('\n')
+        path = world.venv.parent / name
+        path.write_text(path.read_text() + '\n' if at_the_end else '\n' + path.read_text())
 
     return change
 
@@ -206,11 +206,11 @@ def append(name: str) -> Callable[[World], None]:
 @pytest.mark.parametrize(
     'change',
     [
-        append('setup.cfg'),
-        append('scripts/cpu_env.sh'),
-        append('scripts/cpu_requirements.py'),
+        add_line('pyproject.toml', at_the_end=False),
+        add_line('scripts/cpu_env.sh', at_the_end=True),
+        add_line('scripts/cpu_requirements.py', at_the_end=True),
     ],
-    ids=['setup.cfg', 'cpu_env.sh', 'cpu_requirements.py'],
+    ids=['pyproject.toml', 'cpu_env.sh', 'cpu_requirements.py'],
 )
 def test_installs_again_only_when_something_changed(world: World, change: Callable[[World], None]) -> None:
     assert world.run().returncode == 0 and world.calls()
@@ -218,6 +218,12 @@ def test_installs_again_only_when_something_changed(world: World, change: Callab
     assert (again.returncode, again.stdout, world.calls()) == (0, '', [])
     change(world)
     assert world.run().returncode == 0 and world.calls()
+
+
+def test_settings_of_tools_are_nothing_to_install(world: World) -> None:
+    world.run()
+    add_line('pyproject.toml', at_the_end=True)(world)
+    assert world.run().stdout == ''
 
 
 def test_a_demanded_way_that_was_not_taken_installs_again(world: World) -> None:

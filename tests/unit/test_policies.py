@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.builders import grow, make_search
 from tests.flat import flat
+from treepo_swift import register_branching, register_fallback
 from treepo_swift.config import TreeConfig
 from treepo_swift.core.budgets import expected_saving, next_width, paced_width
 from treepo_swift.core.policies.branching import (
@@ -107,7 +108,7 @@ def test_entropy_favours_uncertain_paths_and_needs_an_engine_that_tells():
 
 
 def test_a_policy_of_ones_own_takes_five_lines():
-    @branching_policies.register('test_longest')
+    @register_branching('test_longest')
     def longest(live, total, context):
         """Everything that is left over goes to the longest path."""
         best = max(range(len(live)), key=lambda i: live[i].leaf.length)
@@ -124,12 +125,12 @@ def test_a_policy_of_ones_own_takes_five_lines():
 
 
 def test_options_reach_a_policy_of_ones_own():
-    @branching_policies.register('test_weighted')
+    @register_branching('test_weighted')
     def weighted(live, total, context):
         favourite = context.config.branching.options['favourite']
         return [1 + (total - len(live)) * (i == favourite) for i in range(len(live))]
 
-    @cut_policies.register('test_keep')
+    @register_fallback('test_keep')
     def keep(path, context):
         return max(context.low, min(context.config.fallback.options['tokens'], context.high))
 

@@ -87,10 +87,8 @@ def test_a_tree_has_exactly_w_trajectories_within_all_limits(config, width, seed
     for path in search.tree.trajectories:
         assert path.stop is not None and path.stop is not StopReason.FAILED
         if path.stop is StopReason.ABSENT:
-            assert config.budget == 'by_trajectory_tokens' or (config.fallback, config.fallback_fill) == (
-                'none',
-                'placeholder',
-            )
+            left_out = config.budget.policy == 'by_trajectory_tokens'
+            assert left_out or (config.fallback.policy, config.fallback.fill) == ('none', 'placeholder')
             continue
         assert 1 <= path.leaf.length <= min(max_response, max_context - 2)
         assert path.leaf.depth <= config.max_depth
@@ -135,7 +133,8 @@ def test_engine_input_is_prompt_plus_nodes_and_every_token_sits_on_one_node(conf
     sampled = sum(len(ids) for _, ids in asked)
     assert search.tree.stats.decoded_tokens == sampled == sum(len(node.token_ids) for node in nodes.values())
     assert search.tree.stats.trajectory_tokens == sum(path.leaf.length for path in search.tree.trajectories)
-    if search.config.schedule == 'lockstep' or search.config.budget == 'by_trajectory_tokens':
+    if seed % 2 or config.budget.policy == 'by_trajectory_tokens':
+        # A segment is one request.
         assert search.tree.stats.engine_requests == len(asked)
     else:
         # A path is one request.
@@ -180,10 +179,10 @@ def test_token_budgets_are_never_exceeded(config, width, seed):
         segments[search._round_of[request.path_id]] += 1
 
     grow(search, watch=watch, order=random.Random(seed))
-    if config.budget == 'by_segment_tokens':
-        assert max(segments.values()) * config.segment_length <= max(config.budget_tokens, config.segment_length)
-    if config.budget == 'by_trajectory_tokens':
-        assert search.tree.stats.trajectory_tokens <= config.budget_tokens
+    if config.budget.policy == 'by_segment_tokens':
+        assert max(segments.values()) * config.segment_length <= max(config.budget.tokens, config.segment_length)
+    if config.budget.policy == 'by_trajectory_tokens':
+        assert search.tree.stats.trajectory_tokens <= config.budget.tokens
     assert search.tree.stats.trajectory_tokens == sum(path.leaf.length for path in search.tree.trajectories)
 
 

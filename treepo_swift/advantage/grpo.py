@@ -23,4 +23,4 @@ def grpo(paths: Sequence[TreePath], rewards: Sequence[float]) -> list[float]:
     """
     gap_L, trees = tree_gaps(paths, rewards)
     variance_N = trees.sum_N(gap_L**2) / np.maximum(trees.size_N - 1, 1)
-    return (gap_L / (np.sqrt(variance_N[trees.root_L]) + EPSILON)).tolist()
+    return list((gap_L / (np.sqrt(variance_N[trees.root_L]) + EPSILON)).tolist())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import chain
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -19,14 +19,17 @@ LEVELS = ('trajectory', 'segment')
 class AdvantageEstimator(Protocol):
     """Trajectory level."""
 
-    def __call__(self, paths: Sequence[TreePath], rewards: Sequence[float], **options: Any) -> list[float]:
+    # With `*args` a type checker lets an estimator name the options that it reads.
+    def __call__(self, paths: Sequence[TreePath], rewards: Sequence[float], *args: Any, **options: Any) -> list[float]:
         """Return one advantage per trajectory, before normalisation."""
 
 
 class SegmentAdvantageEstimator(Protocol):
     """Segment level."""
 
-    def __call__(self, paths: Sequence[TreePath], rewards: Sequence[float], **options: Any) -> list[list[float]]:
+    def __call__(
+        self, paths: Sequence[TreePath], rewards: Sequence[float], *args: Any, **options: Any
+    ) -> list[list[float]]:
         """Return one list per trajectory, with one advantage per node after the root, before normalisation."""
 
 
@@ -104,7 +107,7 @@ def estimate(
             include_root=include_root,
             count_chains=count_chains,
         )
-    values = _estimators[estimator](paths, rewards, **keywords)
+    values = cast(AdvantageEstimator, _estimators[estimator])(paths, rewards, **keywords)
     _check_result(estimator, values, [1] * len(paths), [1] * len(values))
     return values
 
@@ -137,7 +140,7 @@ def estimate_segments(
         )
         return [[value] * (len(path) - 1) for path, value in zip(paths, values, strict=True)]
     _check_batch(paths, rewards)
-    segments = _estimators[estimator](paths, rewards, **dict(options or {}))
+    segments = cast(SegmentAdvantageEstimator, _estimators[estimator])(paths, rewards, **dict(options or {}))
     _check_result(
         estimator,
         list(chain.from_iterable(segments)),

@@ -17,4 +17,4 @@ def reinforce_plus_plus(paths: Sequence[TreePath], rewards: Sequence[float]) -> 
 
     Degenerate cases: a tree of one trajectory, or one whose rewards are all alike, gives zeros.
     """
-    return tree_gaps(paths, rewards)[0].tolist()
+    return list(tree_gaps(paths, rewards)[0].tolist())

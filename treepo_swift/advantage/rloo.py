@@ -23,4 +23,4 @@ def rloo(paths: Sequence[TreePath], rewards: Sequence[float]) -> list[float]:
     """
     gap_L, trees = tree_gaps(paths, rewards)
     size_L = trees.size_N[trees.root_L]
-    return (gap_L * size_L / np.maximum(size_L - 1, 1)).tolist()
+    return list((gap_L * size_L / np.maximum(size_L - 1, 1)).tolist())

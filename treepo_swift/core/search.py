@@ -178,7 +178,8 @@ class TreeSearch:
         reached = self._limits_reached(path.leaf)
         if not reached and path.stop is None and verdict is None:
             return None
-        return first_reason({path.stop, verdict, *reached} - {None}, self.config)
+        reasons = (path.stop, verdict, *reached)
+        return first_reason({reason for reason in reasons if reason is not None}, self.config)
 
     def has_room(self, length: int) -> bool:
         """Whether a path of `length` tokens, environments included, may have one more."""

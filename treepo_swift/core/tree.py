@@ -75,6 +75,12 @@ class Node:
     """What the driver keeps of it. The search hands it on and never looks at it."""
 
     @property
+    def above(self) -> Node:
+        """The parent of a node that has one: of every node but the root."""
+        assert self.parent is not None, 'the root has no parent'
+        return self.parent
+
+    @property
     def begins_turn(self) -> bool:
         """Whether a turn begins at its end: at the root, and after an environment."""
         return not self.sampled or self.parent is None
@@ -82,7 +88,7 @@ class Node:
     @property
     def turn_start(self) -> Node:
         """The node at whose end the turn begins that goes on after this node."""
-        return self if self.begins_turn else self.start
+        return self if self.begins_turn or self.start is None else self.start
 
     def lineage(self, since: Node | None = None) -> list[Node]:
         """The nodes from the first one after the root (or after `since`) to this one."""
@@ -111,7 +117,7 @@ def sampled_tokens(node: Node) -> int:
 def turns_before(node: Node) -> int:
     """How many turns have ended on the way to the one that goes on after `node`."""
     start, turns = node.turn_start, 0
-    while start.parent is not None:
+    while start.start is not None:
         start, turns = start.start, turns + 1
     return turns
 
@@ -122,7 +128,7 @@ def last_ids(node: Node, count: int) -> list[int]:
     current = node
     while not current.begins_turn and len(tail) < count:
         tail = current.token_ids[len(tail) - count :].tolist() + tail
-        current = current.parent
+        current = current.above
     return tail
 
 
@@ -139,6 +145,11 @@ class Path:
     """What failed, where `stop` is FAILED."""
     id: int = 0
     """1, 2, ... in the order in which paths started, the same for every order of the engine's answers; 0 before."""
+
+    @property
+    def is_placeholder(self) -> bool:
+        """Whether it ended without a trajectory."""
+        return self.stop is not None and self.stop.is_placeholder
 
 
 @dataclass(slots=True)
@@ -231,15 +242,15 @@ class Tree:
         node = path.leaf
         if not 0 <= position <= node.length:
             raise ValueError(f'position {position} of a path with {node.length} tokens.')
-        while node.length > position and node.parent.length >= position:
-            node = node.parent
+        while node.length > position and node.above.length >= position:
+            node = node.above
         return node if node.length == position else self._split(node, position)
 
     def _split(self, node: Node, position: int) -> Node:
         """Move the tokens of `node` before `position` to a new node above it, and return that."""
         if not node.sampled:
             raise ValueError(f'position {position} is inside what an environment said: no path can go on from there.')
-        parent = node.parent
+        parent = node.above
         count = position - parent.length
         entropies = node.entropies
         upper = Node(

@@ -129,7 +129,7 @@ def _answer(output: dict[str, Any]) -> dict[str, Any]:
 
 def _nodes(output: RolloutOutput) -> list[int]:
     """Ids of the segments of a trajectory, none where it is not from a tree."""
-    return output.rollout_infos.get(REPORT_KEY, {}).get('nodes', [])
+    return list(output.rollout_infos.get(REPORT_KEY, {}).get('nodes', []))
 
 
 def _nearest(paths: Sequence[Sequence[int]], index: int) -> int:
@@ -151,7 +151,7 @@ def _shared(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def _unpack(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    outputs = tree['outputs']
+    outputs: list[dict[str, Any]] = tree['outputs']
     for output in outputs:
         output['messages'] = tree['messages'] + output.get('messages', [_answer(output)])
     for name, dtype in TYPES.items():

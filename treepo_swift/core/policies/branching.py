@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 from treepo_swift.config import TreeConfig
@@ -38,26 +39,34 @@ class BranchingPolicy(Protocol):
 branching_policies: Registry[BranchingPolicy] = Registry('branching policy')
 
 
-@branching_policies.register('even')
+def register_branching(name: str) -> Callable[[BranchingPolicy], BranchingPolicy]:
+    """Decorator: make a `BranchingPolicy` available as ``branching: <name>``."""
+    return branching_policies.register(name)
+
+
+@register_branching('even')
 def even(live: Sequence[Path], total: int, context: BranchContext) -> list[int]:
     """The same number for every path; what is left over goes to paths drawn by a seeded shuffle."""
     return split_branches([1.0] * len(live), total, context.rng)
 
 
-@branching_policies.register('logprob')
+@register_branching('logprob')
 def logprob(live: Sequence[Path], total: int, context: BranchContext) -> list[int]:
     """By a softmax over each path's log-prob score (arXiv 2508.17445, section 4.4)."""
     scores = [path_score(path, context.config.branching.score) for path in live]
     return split_branches(softmax(scores, context), total, context.rng)
 
 
-@branching_policies.register('entropy')
+@register_branching('entropy')
 def entropy(live: Sequence[Path], total: int, context: BranchContext) -> list[int]:
     """By a softmax over the mean token entropy of each path's last segment; high entropy is low certainty."""
     lasts = [last_segment(path) for path in live]
-    if any(node.entropies is None for nodes in lasts for node in nodes):
-        raise ValueError('branching: entropy needs an engine that returns top-k log-probs, and this one does not.')
-    values = [[value for node in nodes for value in node.entropies] for nodes in lasts]
+    values = []
+    for nodes in lasts:
+        entropies = [node.entropies for node in nodes if node.entropies is not None]
+        if len(entropies) < len(nodes):
+            raise ValueError('branching: entropy needs an engine that returns top-k log-probs, and this one does not.')
+        values.append([*chain.from_iterable(entropies)])
     scores = [-math.fsum(entropies) / max(len(entropies), 1) for entropies in values]
     return split_branches(softmax(scores, context), total, context.rng)
 
@@ -73,8 +82,8 @@ def last_segment(path: Path) -> list[Node]:
     """The parts of what was sampled last, before what an environment may have said to it; empty where nothing was."""
     node = path.leaf
     while not node.sampled:
-        node = node.parent
-    parts = []
+        node = node.above
+    parts: list[Node] = []
     while node.parent is not None and node.sampled and node.depth == (parts or [node])[0].depth:
         parts.append(node)
         node = node.parent

@@ -39,7 +39,7 @@ class TextState:
     @property
     def answer(self) -> bool:
         """Whether the text holds an answer."""
-        return self.answer_state.found
+        return bool(self.answer_state.found)
 
     @property
     def repetition(self) -> bool:

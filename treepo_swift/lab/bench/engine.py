@@ -41,7 +41,7 @@ class Bench:
         if workload.kind != 'natural':
             ignore_eos(engine)
         self._segments = VllmSegmentEngine(engine)
-        ending = self._segments
+        ending: Any = self._segments
         if workload.lengths is not None:
             ending = EndingEngine(self._segments, workload.lengths, random.Random(0), workload.max_tokens)
         self._trees = TreeRolloutScheduler(segment_engine=ending, tokenizer=engine.tokenizer)
@@ -122,7 +122,7 @@ class Bench:
         for request in requests:
             request.data_dict = {'treepo': note}
         async with self._measured() as seen:
-            outputs = await self._trees.rollout(
+            outputs: Any = await self._trees.rollout(
                 requests, self._request_config(self._workload.max_tokens), use_tqdm=False
             )
         reports = [output.rollout_infos[REPORT_KEY] for output in outputs]
@@ -162,7 +162,7 @@ class Bench:
     @asynccontextmanager
     async def _measured(self) -> AsyncIterator[_Seen]:
         await self._engine.engine.reset_prefix_cache()
-        seen = _Seen(before=self._segments.counters())
+        seen = _Seen(before=self._counters())
         watcher = asyncio.ensure_future(seen.watch())
         started = time.perf_counter()
         try:
@@ -172,7 +172,13 @@ class Bench:
             watcher.cancel()
         # vLLM counts a step after it has handed out the step's tokens.
         await asyncio.sleep(SAMPLE_SECONDS)
-        seen.counted = self._segments.counters().since(seen.before)
+        seen.counted = self._counters().since(seen.before)
+
+    def _counters(self) -> EngineCounters:
+        counters = self._segments.counters()
+        if counters is None:
+            raise ValueError('The engine counts nothing: it needs disable_log_stats=False.')
+        return counters
 
 
 @dataclass
@@ -180,7 +186,7 @@ class _Seen:
     """What was watched while a rollout ran."""
 
     before: EngineCounters
-    counted: EngineCounters | None = None
+    counted: EngineCounters = field(init=False)
     seconds: float = 0.0
     peak_rss_mib: float = 0.0
     peak_kv_usage: float = 0.0

@@ -172,7 +172,7 @@ class SimulatedServer:
         self._trees[tree.rank] -= 1
         self.latencies.append(now)
         grown = tree.search.tree
-        self.trajectories += sum(not path.stop.is_placeholder for path in grown.trajectories)
+        self.trajectories += sum(not path.is_placeholder for path in grown.trajectories)
         self.decoded_tokens += grown.stats.decoded_tokens
         self.trajectory_tokens += grown.stats.trajectory_tokens
         self.requests += grown.stats.engine_requests
