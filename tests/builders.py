@@ -58,6 +58,7 @@ def make_search(
     max_context: int = 10**6,
     max_turns: int | None = None,
     seed: int = 0,
+    by_segment: bool = False,
 ) -> TreeSearch:
     return TreeSearch(
         config,
@@ -66,6 +67,7 @@ def make_search(
         width=width,
         limits=Limits(max_response, max_context, max_turns),
         rng=random.Random(seed),
+        by_segment=by_segment,
     )
 
 
@@ -88,12 +90,12 @@ def grow(
         return sample(search.tree.prompt_ids + response_ids(request.prefix), request.max_tokens, request.path_id)
 
     reader = PathReader(decode, TextChecker(search.config), [])
-    share = search.config.budget_tokens
-    running = search.start(share)
+    allowance = getattr(search.config.budget, 'tokens', None)
+    running = search.start(allowance)
     steps = 0
     while running or search.waiting:
         if search.waiting and (not running or (order and order.random() < 0.5)):
-            running += search.resume(share)
+            running += search.resume(allowance)
             continue
         steps += 1
         assert steps < 100_000, 'the search does not end'

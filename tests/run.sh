@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# All tests, from nothing: `bash tests/run.sh`. Arguments go to pytest, e.g. `bash tests/run.sh tests/unit`.
+# All checks and tests, from nothing: `bash tests/run.sh`. Arguments go to pytest, e.g. `bash tests/run.sh tests/unit`.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 bash scripts/cpu_env.sh
-.venv/bin/python -m flake8 treepo_swift plugin tests examples
-.venv/bin/python -m isort --check-only --quiet treepo_swift plugin tests examples
-exec .venv/bin/python -m pytest "$@"
+bash scripts/check.sh
+[ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"
+# Below the coverage that pyproject.toml asks for it ends here.
+.venv/bin/python -m pytest tests/unit tests/integration --cov
+exec .venv/bin/python -m pytest tests/e2e

@@ -40,7 +40,7 @@ class Method:
 
 METHODS = {
     'grpo': Method('GRPO, independent sampling', None),
-    'grpo_tree': Method('GRPO + tree sampling', {'ESTIMATOR': 'grpo', 'NORMALISATION': 'none'}),
+    'grpo_tree': Method('GRPO + tree sampling', {'ADVANTAGE__ESTIMATOR': 'grpo', 'ADVANTAGE__NORMALISATION': 'none'}),
     'treepo': Method('TreePO, fixed init divergence', {}),
     'treepo_more_init': Method('TreePO, more init divergence', {'ROOT_DIVERGENCE': '[2, 8]'}),
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 from swift.rollout import multi_turns
 from swift.rollout.multi_turn import MultiTurnScheduler
 
-from treepo_swift.server.scheduler import TreeRolloutScheduler
+from treepo_swift import TreeRolloutScheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from one_step_a_turn import ANSWER_NOW, GO_ON, is_boxed

@@ -13,7 +13,7 @@ from swift.rewards.orm import MathAccuracy
 from swift.rollout import multi_turns
 from swift.rollout.multi_turn import MathTipsScheduler
 
-from treepo_swift.server.scheduler import TreeRolloutScheduler
+from treepo_swift import TreeRolloutScheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'tools'))
 from agent_tools import calculate

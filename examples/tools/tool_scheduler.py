@@ -7,7 +7,7 @@ from pathlib import Path
 
 from swift.rollout import multi_turns
 
-from treepo_swift.server.scheduler import TreeRolloutScheduler
+from treepo_swift import TreeRolloutScheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from agent_tools import parse_call, run_call

@@ -26,7 +26,7 @@ from tests.e2e.conftest import QUICKSTART, ROOT, Service, free_port
 from tests.e2e.vision import BOS, COLORS, EOS, QUESTION, make_dataset, make_model, make_pictures
 from treepo_swift.wire.note import RequestNote
 
-CONFIG = {'segment_length': 32, 'max_depth': 2, 'fork_at': 'both', 'answer': 'none'}
+CONFIG = {'segment_length': 32, 'max_depth': 2, 'fork_at': 'both', 'stop': {'answer': 'none'}}
 PLUGINS = [str(ROOT / 'plugin' / 'treepo_plugin.py'), str(ROOT / 'tests' / 'e2e' / 'vision_plugin.py')]
 BOTH = ['--model_type', 'idefics3', '--template', 'idefics3', '--external_plugins', *PLUGINS]
 TURN = CONFIG['segment_length'] * CONFIG['max_depth']

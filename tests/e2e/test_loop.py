@@ -16,14 +16,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e.conftest import QUICKSTART, ROOT
+from tests.flat import flat
 from treepo_swift.config import TreeConfig
 from treepo_swift.trainer.weight_sync import PROBE_TEXT
 from treepo_swift.wire.note import RequestNote
 
 CONFIGS = [
-    TreeConfig(segment_length=32, max_depth=4),
+    flat(segment_length=32, max_depth=4),
     # Cuts inside segments, and policies that read log-probs and entropies.
-    TreeConfig(
+    flat(
         segment_length=32,
         max_depth=4,
         root_divergence=1,
@@ -33,7 +34,7 @@ CONFIGS = [
         fallback_candidates='any',
         after_answer='cut',
     ),
-    TreeConfig(
+    flat(
         segment_length=32,
         max_depth=4,
         root_divergence=1,
@@ -171,7 +172,9 @@ def test_mistakes_of_the_trainer_stop_the_run_and_say_why(serve, train, tmp_path
     result = train(port, script=script, steps=6)
     said = result.stdout + result.stderr
     assert result.returncode != 0, said[-2000:]
-    assert "the server does not sample from the trainer's weights" in said and 'TREEPO_VERIFY_WEIGHT_SYNC' in said
+    assert (
+        "the server does not sample from the trainer's weights" in said and 'TREEPO_CHECKS__VERIFY_WEIGHT_SYNC' in said
+    )
 
     bare = tmp_path / 'cpu_only.py'
     bare.write_text('from treepo_swift.compat import cpu\ncpu.apply()\n')

@@ -73,27 +73,39 @@ MINI_BATCHES = '--gradient_accumulation_steps 2 --per_device_train_batch_size 16
 CASES: dict[str, tuple[str, str]] = {
     # name: (flags, `key=value` pairs of the tree config); one step unless the flags say more
     'grpo': (f'--loss_type grpo --beta 0.04 --epsilon_high 0.28 --log_completions true {TWO}', ''),
-    'num_iterations': (f'--loss_type grpo --num_iterations 2 {TWO}', 'estimator=progress'),
-    'bnpo': (f'--loss_type bnpo --overlong_filter true {MINI_BATCHES}', 'estimator=progress'),
-    'dr_grpo': ('--loss_type dr_grpo --scale_rewards none', 'normalisation=none weighting=size'),
-    'dapo': ('--loss_type dapo --scale_rewards batch --log_entropy true --top_entropy_quantile 0.5', 'estimator=spo'),
-    'cispo': ('--loss_type cispo --epsilon_high 5', 'estimator=treerl normalisation=group'),
-    'sapo': ('--loss_type sapo', 'estimator=progress'),
-    'real': (f'--loss_type real {TWO}', 'normalisation=none'),
-    'fipo': ('--loss_type fipo --delta 3', 'estimator=progress'),
-    'kl_in_reward': (f'--kl_in_reward true --beta 0.04 {TWO}', 'normalisation=group'),
+    'num_iterations': (f'--loss_type grpo --num_iterations 2 {TWO}', 'advantage.estimator=progress'),
+    'bnpo': (f'--loss_type bnpo --overlong_filter true {MINI_BATCHES}', 'advantage.estimator=progress'),
+    'dr_grpo': ('--loss_type dr_grpo --scale_rewards none', 'advantage.normalisation=none advantage.weighting=size'),
+    'dapo': (
+        '--loss_type dapo --scale_rewards batch --log_entropy true --top_entropy_quantile 0.5',
+        'advantage.estimator=spo',
+    ),
+    'cispo': ('--loss_type cispo --epsilon_high 5', 'advantage.estimator=treerl advantage.normalisation=group'),
+    'sapo': ('--loss_type sapo', 'advantage.estimator=progress'),
+    'real': (f'--loss_type real {TWO}', 'advantage.normalisation=none'),
+    'fipo': ('--loss_type fipo --delta 3', 'advantage.estimator=progress'),
+    'kl_in_reward': (f'--kl_in_reward true --beta 0.04 {TWO}', 'advantage.normalisation=group'),
     'dynamic_sample': (f'--dynamic_sample true --reward_funcs flat_once {TWO}', ''),
-    'async_generate': ('--async_generate true --max_steps 3', 'estimator=progress'),
+    'async_generate': ('--async_generate true --max_steps 3', 'advantage.estimator=progress'),
     'async_evaluation': (f'--async_generate true {TWO} {{evaluation}}', ''),
     'evaluation': ('{evaluation}', ''),
-    'eval_trees': ('{evaluation}', 'eval_trees=true estimator=progress'),
-    'rollout_importance_sampling': (f'--rollout_importance_sampling_mode token_truncate {TWO}', 'estimator=progress'),
+    'eval_trees': ('{evaluation}', 'eval_trees=true advantage.estimator=progress'),
+    'rollout_importance_sampling': (
+        f'--rollout_importance_sampling_mode token_truncate {TWO}',
+        'advantage.estimator=progress',
+    ),
     'rollout_sequence_mask': ('--rollout_importance_sampling_mode sequence_mask', ''),
-    'off_policy_sequence_mask': (f'--num_iterations 2 --off_policy_sequence_mask_delta 1 {TWO}', 'estimator=progress'),
+    'off_policy_sequence_mask': (
+        f'--num_iterations 2 --off_policy_sequence_mask_delta 1 {TWO}',
+        'advantage.estimator=progress',
+    ),
     'gspo': ('--loss_type grpo --importance_sampling_level sequence', ''),
-    'gspo_token': ('--loss_type grpo --importance_sampling_level sequence_token', 'estimator=spo'),
-    'steps_per_generation': (f'--steps_per_generation 4 --per_device_train_batch_size 8 {TWO}', 'estimator=progress'),
-    'teacher': ('--teacher_model {model} --teacher_model_type qwen2', 'estimator=progress'),
+    'gspo_token': ('--loss_type grpo --importance_sampling_level sequence_token', 'advantage.estimator=spo'),
+    'steps_per_generation': (
+        f'--steps_per_generation 4 --per_device_train_batch_size 8 {TWO}',
+        'advantage.estimator=progress',
+    ),
+    'teacher': ('--teacher_model {model} --teacher_model_type qwen2', 'advantage.estimator=progress'),
     'lora': (f'--tuner_type lora --beta 0.04 {TWO}', ''),
     'delete_long_prompts': ('--truncation_strategy delete --gradient_checkpointing true', ''),
 }
@@ -105,8 +117,8 @@ SEGMENT_LEVEL = ('progress', 'spo', 'treerl')
 
 REFUSED: dict[str, tuple[str, str, str]] = {
     'advantage_estimator': ('--advantage_estimator rloo', '', 'the estimator is set in the tree config'),
-    'scale_rewards': ('--scale_rewards none', '', 'TREEPO_NORMALISATION=none'),
-    'sequence': ('--importance_sampling_level sequence', 'estimator=spo', 'Use sequence_token'),
+    'scale_rewards': ('--scale_rewards none', '', 'TREEPO_ADVANTAGE__NORMALISATION=none'),
+    'sequence': ('--importance_sampling_level sequence', 'advantage.estimator=spo', 'Use sequence_token'),
     'eval_on_start': ('--async_generate true --eval_on_start true {evaluation}', '', 'trains on the evaluation'),
 }
 
@@ -229,7 +241,7 @@ def case(outcomes: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
     name = getattr(request, 'param', None) or request.node.name.removeprefix('test_')
     outcome = json.loads((outcomes / f'{name}.json').read_text())
     assert outcome['error'] is None, outcome['error'] + '\n' + (outcomes / 'log').read_text()[-5000:]
-    estimator = read_config(CASES[name][1]).get('estimator', 'treepo')
+    estimator = read_config(CASES[name][1]).get('advantage.estimator', 'treepo')
     # A segment-level estimator gives some trajectory's tokens different advantages; others none. A teacher always does.
     different = max(outcome['values_per_row'])
     assert different > 1 if estimator in SEGMENT_LEVEL else different == 1
@@ -324,7 +336,7 @@ def test_two_processes(port, environment, tmp_path, flags, engine):
         DS_ACCELERATOR='cpu',
         OMP_NUM_THREADS='1',
         STEPS='2',
-        TREEPO_ESTIMATOR='progress',
+        TREEPO_ADVANTAGE__ESTIMATOR='progress',
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert f'trained by {engine}' in result.stdout
@@ -374,7 +386,7 @@ def run_all(argv: list[str], folder: Path) -> None:
 
     for case in json.loads((folder / 'cases.json').read_text()):
         outcome: dict[str, Any] = {'error': None, 'model_loaded': False}
-        environ = {f'TREEPO_{key.upper()}': value for key, value in case['config'].items()}
+        environ = {f'TREEPO_{key.upper().replace(".", "__")}': value for key, value in case['config'].items()}
         os.environ.update(environ)
         try:
             outcome['values_per_row'] = watch_advantages()

@@ -12,9 +12,9 @@ pytest.importorskip('swift')
 
 from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest
 
+from tests.flat import flat
 from tests.integration import golden
 from tests.integration.fake_engine import FakeEngine, FakeTokenizer
-from treepo_swift.config import TreeConfig
 from treepo_swift.server.scheduler import TreeRolloutScheduler
 from treepo_swift.wire.note import RequestNote
 
@@ -30,13 +30,15 @@ class AskAgain(TreeRolloutScheduler):
         return {'infer_request': infer_request}
 
 
-def batch(seed: int, flat: dict[str, Any]) -> list[Any]:
+def batch(seed: int, keys: dict[str, Any]) -> list[Any]:
     width = 4 + seed % 7
-    config = TreeConfig.from_dict(flat)
+    by_segment = keys.pop('schedule') == 'lockstep'
+    config = flat(**keys)
     # Every fourth batch has two turns; the golden configs cut anywhere, so all of them fork at both.
     cls = AskAgain if seed % 4 == 3 else TreeRolloutScheduler
     engine = FakeEngine(fails=lambda call: False)
     scheduler = cls(segment_engine=engine, tokenizer=FakeTokenizer())
+    scheduler.by_segment = by_segment
     note = RequestNote(config=config.to_dict(), num_generations=width, step=seed, progress=seed / 25).to_dict()
     requests = [
         RolloutInferRequest(

@@ -20,6 +20,7 @@ pytest.importorskip('swift')
 from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest, RolloutOutput
 
 from tests.builders import EOS, decode, logprobs, sample, segment_of
+from tests.flat import changed, flat
 from tests.integration.fake_engine import FakeEngine, FakeTokenizer
 from treepo_swift.config import ConfigError, TreeConfig
 from treepo_swift.core.policies.answers import register_answer
@@ -29,7 +30,7 @@ from treepo_swift.server.engine import EngineError
 from treepo_swift.server.scheduler import RolloutError, RolloutFailure, TreeRolloutScheduler
 from treepo_swift.wire.note import PROTOCOL, RequestNote
 
-CONFIG = TreeConfig(segment_length=16, max_depth=4)
+CONFIG = flat(segment_length=16, max_depth=4)
 
 
 def scheduler(engine: FakeEngine | None = None, cls: type = TreeRolloutScheduler) -> TreeRolloutScheduler:
@@ -190,7 +191,7 @@ def test_stop_strings_that_span_segments_cut_the_path_where_plain_sampling_would
             return Segment(ids[: inside + 4], [-1.0] * (inside + 4), StopReason.STOP_STRING)
         return Segment(ids, [-1.0] * len(ids))
 
-    config = TreeConfig(segment_length=length, max_depth=30)
+    config = flat(segment_length=length, max_depth=30)
     outputs = rollout(requests('prompt', 'prompt', config=config), scheduler(FakeEngine(speak=spell)), stop=['STOP'])
     assert [decode(o.response_token_ids[0]) for o in outputs] == ['x' * 7 + 'STOP'] * 2
     assert {tree_of(o)['stop'] for o in outputs} == {'stop_string'}
@@ -205,7 +206,7 @@ def test_an_answer_that_spans_two_segments_stops_the_path():
         return Segment(ids, [-1.0] * len(ids))
 
     outputs = rollout(
-        requests('prompt', 'prompt', config=TreeConfig(segment_length=16, max_depth=3)),
+        requests('prompt', 'prompt', config=flat(segment_length=16, max_depth=3)),
         scheduler(FakeEngine(speak=spell)),
     )
     assert [tree_of(o)['stop'] for o in outputs] == ['answer'] * 2
@@ -226,7 +227,7 @@ def test_multibyte_characters_across_segments_come_out_whole():
         return Segment(ids, [-1.0] * len(ids), None if ids and begin + max_tokens < len(text) else StopReason.EOS)
 
     rollout(
-        requests('prompt', 'prompt', config=TreeConfig(segment_length=5, max_depth=40)),
+        requests('prompt', 'prompt', config=flat(segment_length=5, max_depth=40)),
         scheduler(FakeEngine(speak=spell), Watch),
     )
     assert max(seen, key=len) == text.decode()
@@ -296,7 +297,7 @@ class Hangs(TreeRolloutScheduler):
     ],
 )
 def test_bad_hooks_are_named(cls, cause):
-    config = TreeConfig(segment_length=16, max_depth=4, hook_timeout=0.05)
+    config = flat(segment_length=16, max_depth=4, hook_timeout=0.05)
     with pytest.raises(RolloutError, match=cause):
         rollout(requests('a', 'a', config=config), scheduler(cls=cls))
 
@@ -384,7 +385,7 @@ class SlowToAbort(FakeEngine):
 def test_requests_of_paths_that_stop_are_aborted_to_the_end(seed):
     engine = SlowToAbort()
     rollout(
-        requests(*'aaaabbbb', config=dataclasses.replace(CONFIG, segment_length=8, max_depth=8)),
+        requests(*'aaaabbbb', config=changed(CONFIG, segment_length=8, max_depth=8)),
         scheduler(engine),
         seed=seed,
     )
@@ -397,7 +398,7 @@ def test_a_tree_that_gives_up_aborts_what_still_runs():
             if path.id != 1:
                 raise KeyError('board')
 
-    config = dataclasses.replace(CONFIG, segment_length=4, max_depth=16, max_failure_fraction=1.0)
+    config = changed(CONFIG, segment_length=4, max_depth=16, max_failure_fraction=1.0)
     engine = SlowToAbort()
     outputs = rollout(requests(*'aaaa', config=config), scheduler(engine, Fails))
     assert {tree_of(o)['stop'] for o in outputs} == {'failed'}
@@ -420,7 +421,7 @@ def test_a_trainer_without_the_plugin_is_told_so():
 
 
 def test_the_plain_trainer_may_be_allowed(monkeypatch):
-    monkeypatch.setenv('TREEPO_REQUIRE_TRAINER', 'false')
+    monkeypatch.setenv('TREEPO_CHECKS__REQUIRE_TRAINER', 'false')
     monkeypatch.setenv('TREEPO_SEGMENT_LENGTH', '16')
     batch = [RolloutInferRequest(messages=[{'role': 'user', 'content': 'a'}]) for _ in range(3)]
     assert len({tree_of(o)['id'] for o in rollout(batch)}) == 1
@@ -435,13 +436,13 @@ def test_another_protocol_version_is_refused():
 
 def test_the_trainers_config_wins_and_is_checked_against_the_engine():
     with pytest.raises(ConfigError, match='16 x 512 = 8192 tokens is over --vllm_max_model_len = 4096'):
-        rollout(requests('a', 'a', config=TreeConfig(segment_length=512, max_depth=16)))
+        rollout(requests('a', 'a', config=flat(segment_length=512, max_depth=16)))
 
 
 def test_segments_that_do_not_fit_the_kv_block_are_warned_of(monkeypatch):
     messages = []
     monkeypatch.setattr('treepo_swift.server.scheduler.logger.warning', messages.append)
-    rollout(requests('a', 'a', config=TreeConfig(segment_length=24, max_depth=2)))
+    rollout(requests('a', 'a', config=flat(segment_length=24, max_depth=2)))
     rollout(requests('a', 'a'))
     assert len(messages) == 1 and 'segment_length=24 is not a multiple' in messages[0]
 
@@ -479,7 +480,7 @@ def test_swifts_own_placeholder_request_is_served_quietly():
 
 
 def test_reports_are_small_and_json():
-    config = TreeConfig(segment_length=16, max_depth=14, stop_at_repetition=False)
+    config = flat(segment_length=16, max_depth=14, stop_at_repetition=False)
     quiet = FakeEngine(speak=lambda context, max_tokens, seed: Segment([97] * max_tokens, [-1.0] * max_tokens))
     outputs = asyncio.run(
         scheduler(quiet).rollout(requests(*['a'] * 16, config=config), RequestConfig(max_tokens=224), use_tqdm=False)
@@ -495,7 +496,7 @@ def test_typos_raise_instead_of_reading_none():
 
 def test_engine_errors_count_as_node_failures_in_the_stats():
     outputs = rollout(
-        requests(*['a'] * 4, config=TreeConfig(segment_length=16, max_depth=4, max_retries=0)),
+        requests(*['a'] * 4, config=flat(segment_length=16, max_depth=4, max_retries=0)),
         scheduler(FakeEngine(fails=lambda call: call == 1)),
     )
     assert sum(tree_of(o).get('stats', {}).get('failures', 0) for o in outputs) == 1
@@ -516,7 +517,7 @@ def words(*segments: str):
 
 
 def stops(engine: FakeEngine, count: int = 2, **config) -> list[tuple[str, str]]:
-    settings = TreeConfig(**{'segment_length': 16, 'max_depth': 4, 'root_divergence': 1, 'fallback': 'none', **config})
+    settings = flat(**{'segment_length': 16, 'max_depth': 4, 'root_divergence': 1, 'fallback': 'none', **config})
     outputs = rollout(requests(*['prompt'] * count, config=settings), scheduler(engine))
     return [(tree_of(o)['stop'], o.messages[-1]['content']) for o in outputs]
 
@@ -525,7 +526,7 @@ def test_an_answer_is_found_across_segments_and_cut_where_asked():
     text = 'so it is \\boxed{12} and more words follow here until the end'
     assert stops(words(text))[0] == ('answer', text[:32])
     assert stops(words(text), after_answer='cut')[0] == ('answer', 'so it is \\boxed{12}')
-    config = TreeConfig(segment_length=16, max_depth=4, root_divergence=1, fallback='none', after_answer='cut')
+    config = flat(segment_length=16, max_depth=4, root_divergence=1, fallback='none', after_answer='cut')
     cut = rollout(requests('prompt', 'prompt', config=config), scheduler(words(text)))[0]
     assert tree_of(cut)['tokens'] == [16, 3] and len(cut.rollout_logprobs[0]) == 19
 
@@ -560,30 +561,31 @@ def test_an_answer_detector_that_raises_fails_only_its_paths():
     def odd(text: str) -> bool:
         raise KeyError('odd')
 
-    config = TreeConfig(segment_length=16, answer='test_odd', max_failure_fraction=1.0)
+    config = flat(segment_length=16, answer='test_odd', max_failure_fraction=1.0)
     outputs = rollout(requests('prompt', 'prompt', config=config), scheduler(words('some text')))
     assert [tree_of(o)['stop'] for o in outputs] == ['failed'] * 2
-    assert "answer: test_odd: raised KeyError: 'odd'" in tree_of(outputs[0])['error']
+    assert "stop.answer.detector='test_odd' on segment 1 of path" in tree_of(outputs[0])['error']
+    assert "raised KeyError: 'odd'" in tree_of(outputs[0])['error']
 
 
 @pytest.mark.parametrize(
     'config, message',
     [
-        (TreeConfig(branching='odd'), "Unknown branching policy 'odd': allowed are entropy"),
-        (TreeConfig(fallback='odd'), "Unknown fallback 'odd': allowed are"),
-        (TreeConfig(answer='odd'), "Unknown answer detector 'odd': allowed are"),
-        (TreeConfig(branching='entropy', entropy_top_k=21), 'this server returns at most 20 log-probs'),
-        (TreeConfig(budget='by_segment_tokens', budget_tokens=1000), '2 prompts of a batch need at least a segment'),
+        (flat(branching='odd'), "Unknown branching policy 'odd': allowed are entropy"),
+        (flat(fallback='odd'), "Unknown fallback 'odd': allowed are"),
+        (flat(answer='odd'), "Unknown answer detector 'odd': allowed are"),
+        (flat(branching='entropy', entropy_top_k=21), 'this server returns at most 20 log-probs'),
+        (flat(budget='by_segment_tokens', budget_tokens=1000), '2 prompts of a batch need at least a segment'),
     ],
 )
 def test_a_config_that_this_server_can_not_follow_is_refused(config, message):
-    config = dataclasses.replace(config, segment_length=512, max_depth=2)
+    config = changed(config, segment_length=512, max_depth=2)
     with pytest.raises((ConfigError, ValueError), match=message):
         rollout(requests('a', 'b', 'a', 'b', config=config))
 
 
 def test_a_probe_checks_the_trainers_config_before_training_starts():
-    note = RequestNote(mode='probe', config=TreeConfig(branching='odd').to_dict()).to_dict()
+    note = RequestNote(mode='probe', config=flat(branching='odd').to_dict()).to_dict()
     batch = [RolloutInferRequest(messages=[{'role': 'user', 'content': 'probe'}], data_dict={'treepo': note})]
     with pytest.raises(ValueError, match='Unknown branching policy'):
         rollout(batch, scheduler(FakeEngine(max_model_len=8192)))
@@ -600,7 +602,7 @@ def test_prompts_share_the_tokens_of_a_depth():
             return segment_of([EOS], StopReason.EOS)
         return segment_of([97 + seed % 26] * max_tokens)
 
-    config = TreeConfig(
+    config = flat(
         segment_length=16,
         max_depth=4,
         root_divergence=8,
@@ -616,7 +618,7 @@ def test_prompts_share_the_tokens_of_a_depth():
 
 
 def test_placeholders_are_masked_and_do_not_count_as_failures():
-    config = TreeConfig(segment_length=16, max_depth=1, root_divergence=1, fallback='none')
+    config = flat(segment_length=16, max_depth=1, root_divergence=1, fallback='none')
     outputs = rollout(requests(*['prompt'] * 4, config=config))
     assert [tree_of(o)['stop'] for o in outputs[1:]] == ['absent'] * 3
     assert all(o.response_loss_mask == [[0]] and o.rollout_logprobs == [[]] for o in outputs[1:])
@@ -639,45 +641,28 @@ def test_arrival_order_changes_nothing():
     assert seeded(0.0) == seeded(0.01)
 
 
-def test_a_path_is_one_request_and_both_schedules_grow_the_same_tree():
+def test_a_path_is_one_request_and_asking_by_segment_grows_the_same_tree():
     """The engine's answers depend on the prefix alone, so that they are the same for whoever asks."""
 
     def speak(context: list[int], max_tokens: int, seed: int) -> Segment:
         return sample(context, max_tokens, 0, eos_every=60)
 
-    def grown(schedule: str):
+    def grown(by_segment: bool):
         engine = FakeEngine(speak=speak)
-        config = dataclasses.replace(CONFIG, schedule=schedule, fallback='random_token')
-        outputs = rollout(requests(*'aabbaabb', config=config), scheduler(engine))
+        target = scheduler(engine)
+        target.by_segment = by_segment
+        outputs = rollout(requests(*'aabbaabb', config=changed(CONFIG, fallback='random_token')), target)
         return engine, [(o.response_token_ids, tree_of(o)['nodes'], tree_of(o)['stop']) for o in outputs]
 
-    (stream, streamed), (lockstep, stepped) = grown('stream'), grown('lockstep')
+    (stream, streamed), (lockstep, stepped) = grown(False), grown(True)
     assert streamed == stepped
     assert stream.requests < lockstep.requests == len(lockstep.inputs)
-
-
-def test_the_longest_trees_start_first_where_asked():
-    """'b' answers at length, which the scheduler knows when it sees it again."""
-
-    def speak(context: list[int], max_tokens: int, seed: int) -> Segment:
-        return segment_of([97] * max_tokens) if context[0] == ord('b') else segment_of([97, EOS], StopReason.EOS)
-
-    def order(tree_order: str) -> list[str]:
-        engine = FakeEngine(speak=speak)
-        config = dataclasses.replace(CONFIG, tree_order=tree_order, stop_at_repetition=False)
-        target = scheduler(engine)
-        rollout(requests(*'aabbcc', config=config), target)
-        engine.inputs.clear()
-        rollout(requests(*'aabbcc', config=config), target)
-        return list(dict.fromkeys(chr(context[0]) for context in engine.inputs))
-
-    assert order('arrival') == ['a', 'b', 'c'] and order('longest_first') == ['b', 'a', 'c']
 
 
 def test_trees_wait_for_room_in_the_kv_cache_and_stay_on_their_rank():
     engine = FakeEngine()
     engine.info = dataclasses.replace(engine.info, ranks=2, kv_tokens=80)
-    config = dataclasses.replace(CONFIG, answer='none', stop_at_repetition=False)
+    config = changed(CONFIG, answer='none', stop_at_repetition=False)
     outputs = rollout(requests(*'aaaabbbbccccdddd', config=config), scheduler(engine))
     # A prompt and half of 4 x 32 tokens are set aside for a tree: one fits a rank at a time.
     assert engine.peak <= 8 and len(outputs) == 16
@@ -689,7 +674,7 @@ def test_trees_wait_for_room_in_the_kv_cache_and_stay_on_their_rank():
 
 
 def test_prefixes_that_the_engine_has_dropped_are_counted():
-    def evicted(forgets: bool, schedule: str) -> int:
+    def evicted(forgets: bool, by_segment: bool) -> int:
         class Caching(FakeEngine):
             async def generate(self, prompt, response_ids, **kwargs):
                 known = (len(prompt.token_ids) + len(response_ids) - 1) // 16 * 16
@@ -697,18 +682,19 @@ def test_prefixes_that_the_engine_has_dropped_are_counted():
                     yield dataclasses.replace(segment, cached_tokens=0 if forgets else known)
                     known = 0
 
-        config = dataclasses.replace(CONFIG, schedule=schedule)
-        outputs = rollout(requests(*['a prompt of 19 byte'] * 8, config=config), scheduler(Caching()))
+        target = scheduler(Caching())
+        target.by_segment = by_segment
+        outputs = rollout(requests(*['a prompt of 19 byte'] * 8), target)
         return tree_of(outputs[0])['stats']['evicted_tokens']
 
-    for schedule in ('stream', 'lockstep'):
-        assert evicted(False, schedule) == 0
+    for by_segment in (False, True):
+        assert evicted(False, by_segment) == 0
         # Whole blocks only: 19 tokens of the prompt and 16 of a segment fill two of 16.
-        assert evicted(True, schedule) >= 32 and evicted(True, schedule) % 16 == 0
+        assert evicted(True, by_segment) >= 32 and evicted(True, by_segment) % 16 == 0
 
 
 def test_reports_of_ten_thousand_trajectories_are_small():
-    config = TreeConfig(segment_length=16, max_depth=14, answer='none', stop_at_repetition=False)
+    config = flat(segment_length=16, max_depth=14, answer='none', stop_at_repetition=False)
     outputs = rollout(requests(*['prompt'] * 16, config=config), max_tokens=16 * 14)
     sizes = [len(json.dumps(tree_of(o))) for o in outputs]
     assert sum(sizes) / len(sizes) < 400  # 10,000 of them: under 4 MB
@@ -716,7 +702,7 @@ def test_reports_of_ten_thousand_trajectories_are_small():
 
 def test_the_configs_seed_and_the_step_change_the_tree():
     def forks(step: int, seed: int) -> list[list[int]]:
-        config = dataclasses.replace(CONFIG, seed=seed, divergence=(1, 4))
+        config = changed(CONFIG, seed=seed, divergence=(1, 4))
         note = RequestNote(config=config.to_dict(), step=step).to_dict()
         batch = [dataclasses.replace(r, data_dict={'treepo': note}) for r in requests(*['prompt'] * 8)]
         return [tree_of(o)['nodes'] for o in rollout(batch, seed=1)]
@@ -727,7 +713,7 @@ def test_the_configs_seed_and_the_step_change_the_tree():
 
 def test_single_prompts_take_no_part_in_a_shared_budget():
     """A batch may hold a prompt of one request, and evaluation none but such: neither waits nor counts."""
-    config = TreeConfig(segment_length=16, max_depth=4, budget='by_segment_tokens', budget_tokens=32)
+    config = flat(segment_length=16, max_depth=4, budget='by_segment_tokens', budget_tokens=32)
     outputs = rollout(requests('a', 'b', 'a', 'c', 'a', 'a', 'c', config=config))
     assert [tree_of(o)['id'] for o in outputs].count('request-1') == 1
     assert len(rollout(requests(*'abcdefgh', config=config, mode='independent'))) == 8

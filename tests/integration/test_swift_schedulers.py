@@ -13,6 +13,7 @@ pytest.importorskip('swift')
 from swift.rollout import multi_turns
 
 from tests.builders import EOS, decode, segment_of
+from tests.flat import flat
 from tests.integration.fake_engine import FakeEngine, FakeTokenizer
 from tests.integration.test_scheduler import requests, rollout, tree_of
 from tests.integration.test_turns import CONFIG, check_laws, speak
@@ -38,7 +39,7 @@ def talk(cls: type, engine: FakeEngine, *, config: TreeConfig = CONFIG, max_turn
     return outputs
 
 
-LONG = TreeConfig(segment_length=128, max_depth=2, answer='none')
+LONG = flat(segment_length=128, max_depth=2, answer='none')
 
 
 def test_each_scheduler_of_the_examples_is_at_most_twenty_lines():
@@ -86,7 +87,7 @@ def test_the_name_of_swifts_example_asks_until_there_is_an_answer():
     plugin.register()
     scheduler = multi_turns['tree_rollout_scheduler']
     assert scheduler is RecheckScheduler
-    config = TreeConfig(segment_length=64, max_depth=1, answer='none', fork_at='turn', root_divergence=1)
+    config = flat(segment_length=64, max_depth=1, answer='none', fork_at='turn', root_divergence=1)
     outputs = talk(scheduler, FakeEngine(speak=speak), config=config, max_turns=3)
     for output in outputs:
         asked = [m['content'] for m in output.messages if m['role'] == 'user'][1:]

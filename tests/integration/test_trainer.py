@@ -67,6 +67,7 @@ def build_trainer(
     """A trainer that has only what rewards and advantages need, and its samples. `world` is (rank, ranks)."""
     from swift.rl_core.data import GRPOSample
 
+    from tests.flat import flat
     from treepo_swift.trainer.metrics import EvaluationFailures
     from treepo_swift.trainer.trainer import TreeGRPOTrainer
 
@@ -77,7 +78,7 @@ def build_trainer(
     trainer.__dict__.update(
         {
             **dict(
-                tree_config=TreeConfig.from_dict(config or {}),
+                tree_config=flat(**(config or {})),
                 grows_trees=grows_trees,
                 _rounds=[],
                 _evaluation_failures=EvaluationFailures(),
@@ -506,10 +507,10 @@ def options(**changes: Any) -> SimpleNamespace:
 @pytest.mark.parametrize(
     'changes, config, message',
     [
-        (dict(advantage_estimator='rloo', scale_rewards='none'), {}, 'Set TREEPO_ESTIMATOR=rloo instead.$'),
+        (dict(advantage_estimator='rloo', scale_rewards='none'), {}, 'Set TREEPO_ADVANTAGE__ESTIMATOR=rloo instead.$'),
         (dict(scale_rewards='gdpo'), {}, '--scale_rewards gdpo: it normalises every reward function by itself'),
-        (dict(scale_rewards='none'), {}, 'TREEPO_NORMALISATION=none'),
-        (dict(scale_rewards='batch'), dict(normalisation='group'), 'TREEPO_NORMALISATION=whiten'),
+        (dict(scale_rewards='none'), {}, 'TREEPO_ADVANTAGE__NORMALISATION=none'),
+        (dict(scale_rewards='batch'), dict(normalisation='group'), 'TREEPO_ADVANTAGE__NORMALISATION=whiten'),
         (dict(loss_type='real', scale_rewards='none'), {}, '--loss_type real: it only takes the sign'),
         (dict(loss_type='real', per_device_train_batch_size=12), dict(normalisation='none'), 'must hold whole prompts'),
         (dict(kl_in_reward=True), dict(reject_flat_subgroups=True), 'no subgroup would ever be rejected'),
@@ -522,11 +523,12 @@ def options(**changes: Any) -> SimpleNamespace:
     ],
 )
 def test_options_that_can_not_work_are_refused_with_the_reason(changes, config, message):
+    from tests.flat import flat
     from treepo_swift.config import ConfigError
     from treepo_swift.trainer.compatibility import check_options
 
     with pytest.raises(ConfigError, match=message):
-        check_options(options(**changes), TreeConfig.from_dict(config))
+        check_options(options(**changes), flat(**config))
 
 
 @pytest.mark.parametrize(
@@ -542,6 +544,7 @@ def test_options_that_can_not_work_are_refused_with_the_reason(changes, config, 
     ],
 )
 def test_options_that_work_are_let_through(changes, config):
+    from tests.flat import flat
     from treepo_swift.trainer.compatibility import check_options
 
-    check_options(options(**changes), TreeConfig.from_dict(config))
+    check_options(options(**changes), flat(**config))

@@ -21,8 +21,8 @@ from swift.rollout.multi_turn import MathTipsScheduler
 from swift.template import get_template
 from transformers import Qwen2Config, Qwen2Tokenizer
 
+from tests.flat import flat
 from tests.integration.fake_engine import FakeEngine
-from treepo_swift.config import TreeConfig
 from treepo_swift.core.search import Segment
 from treepo_swift.core.tree import StopReason
 from treepo_swift.server.engine import Prompt
@@ -120,7 +120,7 @@ def test_the_trainer_encodes_what_the_engine_saw(scheduler, prefix, agent_templa
         template=template,
         acc_function=lambda completions, solutions: [0.0],
     )
-    note = RequestNote(config=TreeConfig(segment_length=8, max_depth=4, answer='none').to_dict()).to_dict()
+    note = RequestNote(config=flat(segment_length=8, max_depth=4, answer='none').to_dict()).to_dict()
     batch = [
         RolloutInferRequest(
             messages=[{'role': 'user', 'content': 'What is 3 + 4?'}],

@@ -78,19 +78,25 @@ def two_ranks(rank: int, port: int, folder: str) -> None:
     state.destroy_process_group()
 
 
-def one_rank(rank: int, folder: str) -> None:
+def one_rank(folder: str) -> None:
     from accelerate import PartialState
 
     PartialState(cpu=True)
     torch.save(compute(0, 1), Path(folder) / 'alone.pt')
 
 
-def test_two_ranks_agree_with_one(tmp_path):
+def test_two_ranks_agree_with_one(tmp_path, loaded):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.spawn(two_ranks, args=(port, str(tmp_path)), nprocs=2)
-    torch.multiprocessing.spawn(one_rank, args=(str(tmp_path),), nprocs=1)
+    ranks = [loaded.Process(target=two_ranks, args=(rank, port, str(tmp_path))) for rank in (0, 1)]
+    ranks.append(loaded.Process(target=one_rank, args=(str(tmp_path),)))
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(240)
+        process.kill()  # where the other rank has failed
+    assert [process.exitcode for process in ranks] == [0, 0, 0]
     first, second, alone = (torch.load(tmp_path / f'{name}.pt') for name in ('rank0', 'rank1', 'alone'))
     assert len(alone) == 2 * len(CASES)
     for case, (a, b, expected) in enumerate(zip(first, second, alone, strict=True)):

@@ -124,6 +124,26 @@ def test_environment_defaults_keep_what_the_user_set(keep: pytest.MonkeyPatch) -
     assert os.environ['VLLM_PLUGINS'] == 'mine,treepo_cpu' and os.environ['VLLM_CPU_KVCACHE_SPACE'] == '7'
 
 
+def test_only_beside_the_cpu_build_are_gpu_and_nccl_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {'vllm-cpu'}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise cpu.importlib.metadata.PackageNotFoundError(name)
+        return '0.32.0'
+
+    monkeypatch.setattr(cpu.importlib.metadata, 'version', version)
+    assert cpu.environment() == {'VLLM_DISABLE_PYNCCL': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    installed.clear()
+    assert cpu.environment() == {}
+
+
+def test_scripts_take_the_environment_over() -> None:
+    command = f'eval "$({sys.executable} -m treepo_swift.compat.cpu)"; env'
+    done = subprocess.run(['bash', '-c', command], capture_output=True, text=True, check=True)
+    assert {f'{name}={value}' for name, value in cpu.environment().items()} <= set(done.stdout.splitlines())
+
+
 def test_an_uninstalled_package_is_an_error(keep: pytest.MonkeyPatch) -> None:
     keep.setattr(cpu.importlib.metadata, 'entry_points', lambda group: [])
     with pytest.raises(RuntimeError, match='pip install'):
@@ -220,6 +240,8 @@ def test_weights_reach_every_rank(keep: pytest.MonkeyPatch, world_size: int) -> 
     from vllm.utils.network_utils import get_open_port
 
     port, src = get_open_port(), world_size - 1
+    for name, value in cpu.environment().items():
+        keep.setenv(name, value)
 
     def connect(rank: int) -> Any:
         group = StatelessProcessGroup.create(host='127.0.0.1', port=port, rank=rank, world_size=world_size)

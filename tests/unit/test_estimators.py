@@ -21,6 +21,10 @@ from treepo_swift.advantage import (
     register_advantage,
     whiten,
 )
+from treepo_swift.advantage.batch import tree_advantages
+from treepo_swift.config import TreeConfig
+from treepo_swift.core.tree import StopReason
+from treepo_swift.wire.report import TreeReport
 
 TRAJECTORY_LEVEL = ['treepo', 'grpo', 'rloo', 'reinforce_plus_plus']
 SEGMENT_LEVEL = ['progress', 'spo', 'treerl']
@@ -56,6 +60,17 @@ Z = math.sqrt(1 / 2)  # of two siblings, whose std is their distance / sqrt(2)
 def z(distance):
     """z-score of the better of two siblings."""
     return distance / 2 / (distance * Z + EPS)
+
+
+def test_options_reach_an_estimator_of_ones_own():
+    @register_advantage('test-scaled')
+    def scaled(paths, rewards, *, factor=1.0):
+        return [factor * reward for reward in rewards]
+
+    assert estimate([['u', 1]], [2.0], estimator='test-scaled', options={'factor': 3.0}) == [6.0]
+    config = TreeConfig(advantage={'estimator': 'test-scaled', 'options': {'factor': 3.0}, 'normalisation': 'none'})
+    report = TreeReport('u', [1], [4], StopReason.EOS, 1)
+    assert [a.mean for a in tree_advantages([report], [2.0], [4], config)] == [6.0]
 
 
 @pytest.mark.parametrize(

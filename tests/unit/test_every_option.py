@@ -5,69 +5,81 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from tests.builders import EOS, grow, make_search, segment_of
 from treepo_swift.advantage import estimate, normalise
 from treepo_swift.config import TreeConfig
+from treepo_swift.config.errors import models_of
+from treepo_swift.config.sources import merged
 from treepo_swift.core.search import SegmentRequest
 from treepo_swift.core.tree import StopReason, response_ids
 
-BASE = TreeConfig(segment_length=16, max_depth=5, fallback_block=5)
+BASE: dict[str, Any] = {'segment_length': 16, 'max_depth': 5, 'stop': {'repetition': 'none'}}
 WIDTH = 12
+TOP_KEYS = ('segment_length', 'max_depth', 'divergence', 'root_divergence', 'pacing')
+ROOT = Path(__file__).parents[2]
+BLOCK = {'policy': 'random_block', 'block': 5}
+LOGPROB_BLOCK = {'policy': 'logprob_block', 'block': 5}
 
-# Field: the settings that bring it into play, and the value that must make a difference there.
-TREE_FIELDS: dict[str, tuple[dict[str, Any], Any]] = {
-    'segment_length': ({}, 5),
-    'max_depth': ({}, 3),
-    'divergence': ({}, 3),
-    'root_divergence': ({}, (3, 6)),
-    'branching': ({}, 'logprob'),
-    'branch_score': ({'branching': 'logprob'}, 'sum'),
-    'branch_favour': ({'branching': 'entropy', 'branch_temperature': 0.1}, 'high'),
-    'branch_temperature': ({'branching': 'logprob'}, 0.01),
-    'branch_schedule': ({'branching': 'logprob', 'branch_temperature': (50.0, 0.01)}, 'sinusoid'),
-    'pacing': ({}, 'even'),
-    'budget': ({'budget_tokens': 120, 'budget': 'by_segment_tokens'}, 'by_trajectory_tokens'),
-    'budget_tokens': ({'budget': 'by_trajectory_tokens', 'budget_tokens': 200}, 90),
-    'fallback': ({}, 'random_token'),
-    'fallback_candidates': ({'max_depth': 3}, 'any'),
-    'fallback_window': ({'fallback': 'random_token'}, 1),
-    'fallback_block': ({'fallback': 'random_block'}, 3),
-    'fallback_favour': ({'fallback': 'logprob_block'}, 'high'),
-    'fallback_start': ({'divergence': 1}, 'early'),
-    'fallback_fill': ({'fallback': 'none'}, 'root'),
-    'answer': ({}, 'tags'),
-    'answer_tags': ({'answer': 'tags'}, ('b', 'y')),
-    'answer_needs_eos': ({}, True),
-    'stop_at_repetition': ({'repetition_length': 2, 'repetition_count': 2}, False),
-    'repetition_length': ({'repetition_length': 8, 'repetition_count': 2}, 2),
-    'repetition_count': ({'repetition_length': 2, 'repetition_count': 4}, 2),
-    'stop_order': ({'max_depth': 2}, ('depth_limit',)),
+# Key of a section's choice: the section that brings it into play, and the value that must make a difference there.
+TREE_KEYS: dict[str, tuple[Any, Any]] = {
+    'segment_length': (16, 5),
+    'max_depth': (5, 3),
+    'divergence': (2, 3),
+    'root_divergence': (2, (3, 6)),
+    'pacing': ('eager', 'even'),
+    'branching.policy': ('even', 'logprob'),
+    'branching.score': ('logprob', 'sum'),
+    'branching.favour': ({'policy': 'entropy', 'temperature': 0.1}, 'high'),
+    'branching.temperature': ('logprob', 0.01),
+    'branching.schedule': ({'policy': 'logprob', 'temperature': (50.0, 0.01)}, 'sinusoid'),
+    'budget.policy': ({'policy': 'by_segment_tokens', 'tokens': 120}, 'by_trajectory_tokens'),
+    'budget.tokens': ({'policy': 'by_trajectory_tokens', 'tokens': 200}, 90),
+    'fallback.policy': ('random_segment', 'random_token'),
+    'fallback.candidates': ({'policy': 'random_segment'}, 'any'),
+    'fallback.window': ('random_token', 1),
+    'fallback.block': (BLOCK, 3),
+    'fallback.favour': (LOGPROB_BLOCK, 'high'),
+    'fallback.fill': ('none', 'root'),
+    'stop.answer.detector': ('boxed', 'tags'),
+    'stop.answer.tags': ('tags', ('b', 'y')),
+    'stop.answer.needs_eos': ('boxed', True),
+    'stop.repetition': ({'rule': 'windows', 'length': 2, 'count': 2}, {'rule': 'loop', 'repeats': 3, 'characters': 2}),
+    'stop.repetition.length': ({'rule': 'windows', 'length': 8, 'count': 2}, 2),
+    'stop.repetition.count': ({'rule': 'windows', 'length': 2, 'count': 4}, 2),
+    'stop.repetition.repeats': ({'rule': 'loop', 'repeats': 3, 'characters': 4}, 30),
+    'stop.repetition.characters': ({'rule': 'loop', 'repeats': 3, 'characters': 4}, 60),
+    'stop.order': ((), ('depth_limit', 'eos')),
 }
-ADVANTAGE_FIELDS: dict[str, tuple[dict[str, Any], Any]] = {
-    'estimator': ({}, 'rloo'),
-    'weighting': ({}, 'size'),
-    'reject_flat_subgroups': ({}, True),
-    'include_root': ({}, False),
-    'count_chains': ({}, 'per_fork'),
-    'normalisation': ({}, 'group'),
-    'whiten_shift_mean': ({'estimator': 'treepo'}, False),
+ADVANTAGE_KEYS: dict[str, tuple[Any, Any]] = {
+    'advantage.estimator': ('treepo', 'rloo'),
+    'advantage.weighting': ('treepo', 'size'),
+    'advantage.reject_flat_subgroups': ('treepo', True),
+    'advantage.include_root': ('treepo', False),
+    'advantage.count_chains': ('treepo', 'per_fork'),
+    'advantage.normalisation': ('treepo', 'group'),
 }
+SCHEDULER, TRAINER = 'tests/integration/test_scheduler.py', 'tests/integration/test_trainer.py'
 ELSEWHERE = {
-    'schedule': 'tests/unit/test_search.py::test_stream_and_lockstep_grow_the_same_tree',
-    'tree_order': 'tests/integration/test_scheduler.py::test_the_longest_trees_start_first_where_asked',
-    'entropy_top_k': 'tests/integration/test_scheduler.py::test_a_config_that_this_server_can_not_follow_is_refused',
-    'after_answer': 'tests/integration/test_scheduler.py::test_an_answer_is_found_across_segments_and_cut_where_asked',
-    'seed': 'tests/integration/test_scheduler.py::test_the_configs_seed_and_the_step_change_the_tree',
-    'max_retries': 'tests/integration/test_scheduler.py',
-    'max_failure_fraction': 'tests/integration/test_scheduler.py',
-    'hook_timeout': 'tests/integration/test_scheduler.py',
-    'require_trainer': 'tests/integration/test_scheduler.py',
-    'verify_weight_sync': 'tests/integration/test_trainer.py',
-    'eval_trees': 'tests/integration/test_trainer.py',
+    'branching.top_k': f'{SCHEDULER}::test_a_config_that_this_server_can_not_follow_is_refused',
+    'branching.options': 'tests/unit/test_policies.py::test_options_reach_a_policy_of_ones_own',
+    'fallback.options': 'tests/unit/test_policies.py::test_options_reach_a_policy_of_ones_own',
+    'advantage.options': 'tests/unit/test_estimators.py::test_options_reach_an_estimator_of_ones_own',
+    'stop.repetition.near_characters': 'tests/unit/test_stopping.py::test_near_loops_are_found_where_asked',
+    'stop.answer.after': f'{SCHEDULER}::test_an_answer_is_found_across_segments_and_cut_where_asked',
+    'seed': f'{SCHEDULER}::test_the_configs_seed_and_the_step_change_the_tree',
+    'faults.max_retries': f'{SCHEDULER}::test_engine_errors_are_retried_and_then_grown_around',
+    'faults.max_failure_fraction': f'{SCHEDULER}::test_an_engine_that_is_gone_is_one_clear_error',
+    'faults.hook_timeout': f'{SCHEDULER}::test_bad_hooks_are_named',
+    'faults.max_hung_hooks': 'tests/integration/test_hooks.py',
+    'checks.require_trainer': f'{SCHEDULER}::test_the_plain_trainer_may_be_allowed',
+    'checks.verify_weight_sync': f'{TRAINER}::test_the_proof_may_be_left_out',
+    'eval_trees': f'{TRAINER}::test_evaluation_samples_independently_unless_asked',
     'fork_at': 'tests/unit/test_search_turns.py::test_paths_fork_where_fork_at_says',
     'fork_state': 'tests/integration/test_turns.py::test_state_forks_with_its_path_and_is_released',
 }
@@ -88,7 +100,7 @@ def trees(config: TreeConfig) -> list[list[tuple]]:
     grown = []
     for seed in range(12):
         search = make_search(config, WIDTH, seed=seed)
-        search._context = dataclasses.replace(search._context, progress=0.9)
+        search.forks._context = dataclasses.replace(search.forks._context, progress=0.9)
         grow(search, answer=speak)
         grown.append([(path.stop, response_ids(path.leaf)) for path in search.tree.trajectories])
     return grown
@@ -106,30 +118,45 @@ def advantages(config: TreeConfig) -> list[float]:
         ['v', 2],
     ]
     rewards, lengths = [1, 0, 1, 0, 0, 1, 0, 1], [10, 20, 30, 40, 5, 6, 7, 8]
-    raw = estimate(
-        paths,
-        rewards,
-        estimator=config.estimator,
-        weighting=config.weighting,
-        reject_flat_subgroups=config.reject_flat_subgroups,
-        include_root=config.include_root,
-        count_chains=config.count_chains,
-    )
-    return normalise(
-        raw, lengths, [path[0] for path in paths], how=config.normalisation, shift_mean=config.whiten_shift_mean
-    )
+    settings = config.advantage.model_dump(exclude={'normalisation', 'options'})
+    raw = estimate(paths, rewards, **settings)
+    return normalise(raw, lengths, [path[0] for path in paths], how=config.advantage.normalisation)
 
 
-def test_every_field_is_covered():
-    fields = {field.name for field in dataclasses.fields(TreeConfig)}
-    assert fields == {*TREE_FIELDS, *ADVANTAGE_FIELDS, *ELSEWHERE}
+def keys_of(model: type[BaseModel], prefix: str = '') -> set[str]:
+    found: set[str] = set()
+    for name in model.model_fields:
+        members = models_of(model, name)
+        found |= {key for member in members for key in keys_of(member, f'{prefix}{name}.')} or {f'{prefix}{name}'}
+    return found
 
 
-@pytest.mark.parametrize('name', [*TREE_FIELDS, *ADVANTAGE_FIELDS])
-def test_a_field_changes_what_happens(name):
-    observe: Callable[[TreeConfig], Any] = trees if name in TREE_FIELDS else advantages
-    settings, value = {**TREE_FIELDS, **ADVANTAGE_FIELDS}[name]
-    before = dataclasses.replace(BASE, **settings)
-    after = dataclasses.replace(before, **{name: value})
+def test_every_key_is_covered():
+    assert keys_of(TreeConfig) - {'stop.repetition.rule'} == {*TREE_KEYS, *ADVANTAGE_KEYS, *ELSEWHERE} - {
+        'stop.repetition'
+    }
+
+
+def test_what_covers_a_key_elsewhere_exists():
+    for place in ELSEWHERE.values():
+        file, _, test = place.partition('::')
+        assert f'def {test}' in (ROOT / file).read_text(), place
+
+
+def with_value(config: TreeConfig, key: str, value: Any) -> TreeConfig:
+    for name in reversed(key.split('.')):
+        value = {name: value}
+    return TreeConfig(**merged(config.to_note(), value))
+
+
+@pytest.mark.parametrize('key', [*TREE_KEYS, *ADVANTAGE_KEYS])
+def test_a_key_changes_what_happens(key):
+    observe: Callable[[TreeConfig], Any] = trees if key in TREE_KEYS else advantages
+    chosen, value = {**TREE_KEYS, **ADVANTAGE_KEYS}[key]
+    section, _, name = key.rpartition('.')
+    base = TreeConfig(**{**BASE, 'max_depth': 3 if key == 'fallback.candidates' else 5})
+    at = key if name in (*TOP_KEYS, 'order', 'repetition') else section
+    before = with_value(base, at, chosen)
+    after = with_value(base if at == key else before, key, value)
     assert before != after and observe(before) == observe(before)
     assert observe(before) != observe(after)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +32,25 @@ from treepo_swift.wire.report import BatchReport, TreeReport
 def test_the_core_imports_no_torch_vllm_or_swift(module):
     code = f'import sys, {module}; print([m for m in ("torch", "vllm", "swift", "transformers") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n'
+
+
+def test_a_wheel_holds_every_module_the_types_and_the_licence(tmp_path):
+    pytest.importorskip('setuptools', minversion='77')
+    root = Path(__file__).parents[2]
+    for name in ('pyproject.toml', 'README.md', 'LICENSE'):
+        shutil.copy(root / name, tmp_path)
+    shutil.copytree(root / 'treepo_swift', tmp_path / 'treepo_swift', ignore=shutil.ignore_patterns('__pycache__'))
+    code = 'from setuptools import build_meta; build_meta.build_wheel("dist")'
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, check=True)
+    (wheel,) = (tmp_path / 'dist').glob('treepo_swift-*.whl')
+    with zipfile.ZipFile(wheel) as files:
+        names = set(files.namelist())
+        (folder,) = {name.partition('/')[0] for name in names if '.dist-info/' in name}
+        metadata, entries = (files.read(f'{folder}/{name}').decode() for name in ('METADATA', 'entry_points.txt'))
+    modules = {str(path.relative_to(root)) for path in (root / 'treepo_swift').rglob('*.py')}
+    assert modules | {'treepo_swift/py.typed', f'{folder}/licenses/LICENSE'} <= names
+    assert 'Requires-Python: >=3.11' in metadata and 'License-Expression: Apache-2.0' in metadata
+    assert 'treepo-swift = treepo_swift.cli.main:main' in entries and 'treepo_cpu = treepo_swift' in entries
 
 
 def test_missing_and_untested_versions_are_named(monkeypatch):

@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.builders import grow, make_search
+from tests.flat import flat
+from treepo_swift import register_branching, register_fallback
 from treepo_swift.config import TreeConfig
+from treepo_swift.core.budgets import expected_saving, next_width, paced_width
 from treepo_swift.core.policies.branching import (
     BranchContext,
     branching_policies,
-    expected_saving,
-    next_width,
-    paced_width,
     scheduled,
-    share_out,
+    split_branches,
 )
 from treepo_swift.core.policies.fallback import candidates, cut_context, cut_policies
 from treepo_swift.core.search import Segment
@@ -52,17 +52,17 @@ def live_path(*segments: list[float], entropies: list[float] | None = None) -> P
 
 
 def shares(name: str, live: list[Path], total: int, seed: int = 0, progress: float = 0.0, **config) -> list[int]:
-    context = BranchContext(TreeConfig(branching=name, **config), random.Random(seed), progress)
+    context = BranchContext(flat(branching=name, **config), random.Random(seed), progress)
     return branching_policies[name](live, total, context)
 
 
 @given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=20), st.integers(0, 40), st.integers(0, 100))
 def test_shares_are_largest_remainders_with_one_for_everybody(weights, extra, seed):
-    counts = share_out(weights, len(weights) + extra, random.Random(seed))
+    counts = split_branches(weights, len(weights) + extra, random.Random(seed))
     assert sum(counts) == len(weights) + extra and min(counts) >= 1
     for weight, count in zip(weights, counts):
         assert abs(count - 1 - extra * weight / sum(weights)) < 1 + 1e-6
-    assert counts == share_out(weights, len(weights) + extra, random.Random(seed))
+    assert counts == split_branches(weights, len(weights) + extra, random.Random(seed))
 
 
 @given(st.integers(1, 20), st.integers(0, 40), st.integers(0, 100))
@@ -108,26 +108,73 @@ def test_entropy_favours_uncertain_paths_and_needs_an_engine_that_tells():
 
 
 def test_a_policy_of_ones_own_takes_five_lines():
-    @branching_policies.register('test_longest')
+    @register_branching('test_longest')
     def longest(live, total, context):
         """Everything that is left over goes to the longest path."""
         best = max(range(len(live)), key=lambda i: live[i].leaf.length)
         return [1 + (total - len(live)) * (i == best) for i in range(len(live))]
 
     try:
-        config = TreeConfig(segment_length=4, max_depth=3, branching='test_longest')
+        config = flat(segment_length=4, max_depth=3, branching='test_longest')
         assert grow(make_search(config, 8)).done
         branching_policies._entries['test_longest'] = lambda live, total, context: [0] * len(live)
-        with pytest.raises(ValueError, match="'test_longest' returned .*at least one"):
-            grow(make_search(config, 8))
+        (error,) = {path.error for path in grow(make_search(config, 8)).tree.trajectories}
+        assert error.startswith("branching policy 'test_longest' returned [0, 0] for 2 live paths and 4 branches")
     finally:
         del branching_policies._entries['test_longest']
 
 
+def test_options_reach_a_policy_of_ones_own():
+    @register_branching('test_weighted')
+    def weighted(live, total, context):
+        favourite = context.config.branching.options['favourite']
+        return [1 + (total - len(live)) * (i == favourite) for i in range(len(live))]
+
+    @register_fallback('test_keep')
+    def keep(path, context):
+        return max(context.low, min(context.config.fallback.options['tokens'], context.high))
+
+    try:
+        config = TreeConfig(
+            segment_length=4,
+            max_depth=3,
+            branching={'policy': 'test_weighted', 'options': {'favourite': 1}},
+            fallback={'policy': 'test_keep', 'options': {'tokens': 3}, 'candidates': 'any'},
+            divergence=1,
+        )
+        search = grow(make_search(config, 8))
+        assert all(path.error is None for path in search.tree.trajectories)
+        cuts = [path for path in search.tree.trajectories if path.fallback_from is not None]
+        assert cuts and all(any(node.length == 3 for node in path.leaf.lineage()) for path in cuts)
+        with pytest.raises(KeyError, match='favourite'):
+            weighted([1, 2], 4, BranchContext(config.replace(branching={'policy': 'test_weighted'}), random.Random(0)))
+    finally:
+        del branching_policies._entries['test_weighted'], cut_policies._entries['test_keep']
+
+
+@pytest.mark.parametrize('kind', ['branching', 'fallback'])
+def test_a_policy_that_raises_fails_its_tree_and_is_named(kind):
+    registry = branching_policies if kind == 'branching' else cut_policies
+
+    @registry.register('test_raises')
+    def raises(paths, *context):
+        raise ZeroDivisionError('by nothing')
+
+    try:
+        divergence = 1 if kind == 'fallback' else 2
+        config = TreeConfig(segment_length=4, max_depth=3, divergence=divergence, **{kind: 'test_raises'})
+        search = grow(make_search(config, 8))
+        failed = [path for path in search.tree.trajectories if path.stop is StopReason.FAILED]
+        assert search.done and failed
+        assert all("'test_raises' raised ZeroDivisionError: by nothing" in path.error for path in failed)
+    finally:
+        del registry._entries['test_raises']
+
+
 def test_pacing_spreads_the_forks_and_says_what_it_saves():
-    eager, even = TreeConfig(), TreeConfig(pacing='even')
+    eager, even = flat(), flat(pacing='even')
     assert [paced_width(even, width=16, depth=d, first=2) for d in (1, 2, 8, 14)] == [2, 3, 10, 16]
-    steps = TreeConfig(pacing={3: 4, 6: 16})
+    steps = flat(pacing={3: 4, 6: 16})
     assert [paced_width(steps, width=16, depth=d, first=2) for d in (1, 2, 3, 5, 6, 14)] == [16, 16, 4, 4, 16, 16]
     # Levels of 2, 4, 8, then eleven times 16: 190 of 224 segments.
     assert expected_saving(eager, 16) == pytest.approx(1 - 190 / 224)
@@ -137,11 +184,11 @@ def test_pacing_spreads_the_forks_and_says_what_it_saves():
 @pytest.mark.parametrize(
     'config',
     [
-        TreeConfig(segment_length=4, max_depth=6),
-        TreeConfig(segment_length=4, max_depth=6, pacing='even'),
-        TreeConfig(segment_length=4, max_depth=6, pacing={1: 1, 3: 5}, root_divergence=4),
-        TreeConfig(segment_length=4, max_depth=6, divergence=3, root_divergence=1),
-        TreeConfig(segment_length=4, max_depth=3, divergence=1, root_divergence=3),
+        flat(segment_length=4, max_depth=6),
+        flat(segment_length=4, max_depth=6, pacing='even'),
+        flat(segment_length=4, max_depth=6, pacing={1: 1, 3: 5}, root_divergence=4),
+        flat(segment_length=4, max_depth=6, divergence=3, root_divergence=1),
+        flat(segment_length=4, max_depth=3, divergence=1, root_divergence=3),
     ],
 )
 def test_the_expected_saving_is_what_full_length_paths_save(config):
@@ -156,7 +203,7 @@ def test_the_expected_saving_is_what_full_length_paths_save(config):
     st.integers(0, 50),
 )
 def test_candidates_are_those_that_the_config_names(reasons, which, seed):
-    chosen = candidates(grown(reasons).trajectories, TreeConfig(fallback_candidates=which), random.Random(seed))
+    chosen = candidates(grown(reasons).trajectories, flat(fallback_candidates=which), random.Random(seed))
     allowed = {'answer_or_eos': {'answer', 'eos'}, 'finished': {'answer', 'eos', 'stop_string', 'hook'}}.get(
         which, {reason.value for reason in StopReason if not reason.is_placeholder}
     )
@@ -167,7 +214,7 @@ def test_candidates_are_those_that_the_config_names(reasons, which, seed):
 
 
 def cuts(name: str, path: Path, count: int = 1, **config) -> Counter:
-    settings = TreeConfig(fallback=name, **{'max_depth': 10, **config})
+    settings = flat(fallback=name, **{'max_depth': 10, **config})
     rng = random.Random(0)
     return Counter(cut_policies[name](path, cut_context(path, settings, rng)) for _ in range(count))
 
@@ -213,14 +260,14 @@ def test_a_cut_inside_a_segment_splits_it():
 
 def test_unknown_policies_are_named():
     with pytest.raises(ValueError, match="Unknown branching policy 'odd': allowed are entropy, even, logprob"):
-        make_search(TreeConfig(branching='odd'), 2)
+        make_search(flat(branching='odd'), 2)
     with pytest.raises(ValueError, match="Unknown fallback 'odd': allowed are .*random_token"):
-        make_search(TreeConfig(fallback='odd'), 2)
+        make_search(flat(fallback='odd'), 2)
 
 
 def test_without_fallback_a_tree_is_filled_as_the_config_says():
     def one_path(**config):
-        return grow(make_search(TreeConfig(segment_length=4, max_depth=1, root_divergence=1, **config), 5)).tree
+        return grow(make_search(flat(segment_length=4, max_depth=1, root_divergence=1, **config), 5)).tree
 
     stops = [path.stop for path in one_path(fallback='none').trajectories]
     assert stops[1:] == [StopReason.ABSENT] * 4 and not stops[0].is_placeholder

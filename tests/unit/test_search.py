@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import random
 from collections import Counter
@@ -12,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.builders import EOS, grow, make_search, sample, segment_of
+from tests.flat import flat
 from treepo_swift.config import TreeConfig
 from treepo_swift.core.policies.branching import branching_policies
 from treepo_swift.core.policies.fallback import cut_policies
-from treepo_swift.core.search import Segment
+from treepo_swift.core.search import Segment, TreeSearch
 from treepo_swift.core.tree import Node, StopReason, response_ids, response_logprobs
 
 small = st.integers(1, 12)
@@ -26,7 +26,6 @@ pairs = st.tuples(st.integers(1, 3), st.integers(3, 9))
 def configs(draw) -> TreeConfig:
     """Any combination of policies that a user can write."""
     budget = draw(st.sampled_from(['by_width', 'by_width', 'by_segment_tokens', 'by_trajectory_tokens']))
-    early = budget == 'by_width' and draw(st.booleans())
     segment_length = draw(small)
     pacing = draw(
         st.one_of(
@@ -36,8 +35,7 @@ def configs(draw) -> TreeConfig:
             ),
         )
     )
-    return TreeConfig(
-        schedule=draw(st.sampled_from(['stream', 'lockstep'])),
+    return flat(
         segment_length=segment_length,
         max_depth=draw(st.integers(1, 6)),
         divergence=draw(st.one_of(st.integers(1, 4), pairs)),
@@ -52,7 +50,6 @@ def configs(draw) -> TreeConfig:
         budget_tokens=0 if budget == 'by_width' else segment_length * draw(small) + draw(st.integers(0, 3)),
         fallback=draw(st.sampled_from([*cut_policies, 'root', 'none'])),
         fallback_candidates=draw(st.sampled_from(['answer_or_eos', 'finished', 'best_reason_first', 'any'])),
-        fallback_start='early' if early else 'idle',
         fallback_window=draw(st.integers(0, 3)),
         fallback_block=draw(small),
         fallback_favour=draw(st.sampled_from(['low', 'high'])),
@@ -61,6 +58,11 @@ def configs(draw) -> TreeConfig:
         answer_needs_eos=draw(st.booleans()),
         stop_order=draw(st.sampled_from([(), ('repetition',), ('depth_limit', 'eos')])),
     )
+
+
+def laws_search(config: TreeConfig, width: int, seed: int, **limits: int) -> TreeSearch:
+    """Half of them ask segment by segment."""
+    return make_search(config, width, seed=seed, by_segment=seed % 2 == 1, **limits)
 
 
 configs = configs()
@@ -85,10 +87,8 @@ def test_a_tree_has_exactly_w_trajectories_within_all_limits(config, width, seed
     for path in search.tree.trajectories:
         assert path.stop is not None and path.stop is not StopReason.FAILED
         if path.stop is StopReason.ABSENT:
-            assert config.budget == 'by_trajectory_tokens' or (config.fallback, config.fallback_fill) == (
-                'none',
-                'placeholder',
-            )
+            left_out = config.budget.policy == 'by_trajectory_tokens'
+            assert left_out or (config.fallback.policy, config.fallback.fill) == ('none', 'placeholder')
             continue
         assert 1 <= path.leaf.length <= min(max_response, max_context - 2)
         assert path.leaf.depth <= config.max_depth
@@ -98,7 +98,7 @@ def test_a_tree_has_exactly_w_trajectories_within_all_limits(config, width, seed
 @given(configs, widths, seeds)
 @settings(max_examples=100, deadline=None)
 def test_growing_paths_and_trajectories_are_never_more_than_w(config, width, seed):
-    search = make_search(config, width, seed=seed)
+    search = laws_search(config, width, seed)
 
     def watch(request, segment):
         ended = sum(len(round_.finished) for round_ in search._rounds.values())
@@ -111,7 +111,7 @@ def test_growing_paths_and_trajectories_are_never_more_than_w(config, width, see
 @given(configs, widths, seeds)
 @settings(max_examples=100, deadline=None)
 def test_engine_input_is_prompt_plus_nodes_and_every_token_sits_on_one_node(config, width, seed):
-    search = make_search(config, width, seed=seed)
+    search = laws_search(config, width, seed)
     asked: list[tuple[list[int], list[int]]] = []
 
     def watch(request, segment):
@@ -133,7 +133,8 @@ def test_engine_input_is_prompt_plus_nodes_and_every_token_sits_on_one_node(conf
     sampled = sum(len(ids) for _, ids in asked)
     assert search.tree.stats.decoded_tokens == sampled == sum(len(node.token_ids) for node in nodes.values())
     assert search.tree.stats.trajectory_tokens == sum(path.leaf.length for path in search.tree.trajectories)
-    if search.config.schedule == 'lockstep' or search.config.budget == 'by_trajectory_tokens':
+    if seed % 2 or config.budget.policy == 'by_trajectory_tokens':
+        # A segment is one request.
         assert search.tree.stats.engine_requests == len(asked)
     else:
         # A path is one request.
@@ -143,14 +144,14 @@ def test_engine_input_is_prompt_plus_nodes_and_every_token_sits_on_one_node(conf
 @given(configs, widths, seeds)
 @settings(max_examples=60, deadline=None)
 def test_one_seed_one_tree(config, width, seed):
-    assert shape(grow(make_search(config, width, seed=seed))) == shape(grow(make_search(config, width, seed=seed)))
+    assert shape(grow(laws_search(config, width, seed))) == shape(grow(laws_search(config, width, seed)))
 
 
 @given(configs, widths, seeds)
 @settings(max_examples=100, deadline=None)
 def test_trajectories_share_exactly_the_tokens_of_their_shared_nodes(config, width, seed):
     """With an engine that never says the same token twice, equal tokens at equal positions are shared tokens."""
-    search = make_search(config, width, seed=seed)
+    search = laws_search(config, width, seed)
     dice, fresh = random.Random(seed), itertools.count(1)
 
     def answer(request):
@@ -171,34 +172,34 @@ def test_trajectories_share_exactly_the_tokens_of_their_shared_nodes(config, wid
 @given(configs, widths, seeds)
 @settings(max_examples=100, deadline=None)
 def test_token_budgets_are_never_exceeded(config, width, seed):
-    search = make_search(config, width, seed=seed)
+    search = laws_search(config, width, seed)
     segments: Counter[int] = Counter()
 
     def watch(request, segment):
         segments[search._round_of[request.path_id]] += 1
 
     grow(search, watch=watch, order=random.Random(seed))
-    if config.budget == 'by_segment_tokens':
-        assert max(segments.values()) * config.segment_length <= max(config.budget_tokens, config.segment_length)
-    if config.budget == 'by_trajectory_tokens':
-        assert search.tree.stats.trajectory_tokens <= config.budget_tokens
+    if config.budget.policy == 'by_segment_tokens':
+        assert max(segments.values()) * config.segment_length <= max(config.budget.tokens, config.segment_length)
+    if config.budget.policy == 'by_trajectory_tokens':
+        assert search.tree.stats.trajectory_tokens <= config.budget.tokens
     assert search.tree.stats.trajectory_tokens == sum(path.leaf.length for path in search.tree.trajectories)
 
 
 @given(configs, widths, seeds, st.integers(0, 5), st.integers(0, 5))
 @settings(max_examples=60, deadline=None)
 def test_the_order_in_which_answers_arrive_changes_nothing(config, width, seed, one, other):
-    grown = [grow(make_search(config, width, seed=seed), order=random.Random(o)) for o in (one, other)]
+    grown = [grow(laws_search(config, width, seed), order=random.Random(o)) for o in (one, other)]
     assert shape(grown[0]) == shape(grown[1])
 
 
 @given(configs, widths, seeds, st.integers(0, 5), st.floats(0, 0.2))
 @settings(max_examples=150, deadline=None)
-def test_stream_and_lockstep_grow_the_same_tree(config, width, seed, order, faults):
+def test_a_request_a_path_and_a_request_a_segment_grow_the_same_tree(config, width, seed, order, faults):
     """Whatever the policies, the order of the answers and the engine's faults."""
     grown = []
-    for schedule in ('stream', 'lockstep'):
-        search = make_search(dataclasses.replace(config, schedule=schedule), width, seed=seed)
+    for by_segment in (False, True):
+        search = make_search(config, width, seed=seed, by_segment=by_segment)
 
         def answer(request, search=search):
             ids = search.tree.prompt_ids + response_ids(request.prefix)
@@ -216,7 +217,7 @@ def test_stream_and_lockstep_grow_the_same_tree(config, width, seed, order, faul
 
 
 def test_a_path_that_is_ahead_does_not_wait_and_its_forks_do():
-    config = TreeConfig(segment_length=2, max_depth=4, root_divergence=2, divergence=2)
+    config = flat(segment_length=2, max_depth=4, root_divergence=2, divergence=2)
     search = make_search(config, 8)
     fast, slow = search.start()
 
@@ -232,27 +233,8 @@ def test_a_path_that_is_ahead_does_not_wait_and_its_forks_do():
     assert search.tree.trajectories == []
 
 
-def test_early_fallback_does_not_wait_for_live_paths_that_can_not_fill_the_tree():
-    def rounds(start):
-        config = TreeConfig(segment_length=2, max_depth=6, root_divergence=2, divergence=1, fallback_start=start)
-        search = make_search(config, 8)
-        depths = []
-
-        def answer(request):
-            if request.path_id == 1 and request.prefix.depth == 1:
-                return segment_of([EOS], StopReason.EOS)
-            return segment_of([7, 7])
-
-        grow(search, answer=answer, watch=lambda request, segment: depths.append(search._round_of[request.path_id]))
-        return max(depths) + 1, search.tree.stats.fallbacks
-
-    # Path 1 ends in the second round. Idle fallback lets path 2 come to its depth limit first.
-    (idle, idle_fallbacks), (early, early_fallbacks) = rounds('idle'), rounds('early')
-    assert early < idle and early_fallbacks > 0 and idle_fallbacks > 0
-
-
 def test_the_papers_binary_tree_spends_its_forks_in_the_first_levels():
-    config = TreeConfig(segment_length=4, max_depth=5, root_divergence=2, divergence=2)
+    config = flat(segment_length=4, max_depth=5, root_divergence=2, divergence=2)
     search = grow(make_search(config, 8), answer=lambda r: Segment([7] * r.max_tokens, [0.0] * r.max_tokens))
     stats = search.tree.stats
     # Levels of 2, 4, 8, 8 and 8 segments.
@@ -262,7 +244,7 @@ def test_the_papers_binary_tree_spends_its_forks_in_the_first_levels():
 
 
 def test_budget_of_an_ended_path_moves_to_the_live_ones():
-    config = TreeConfig(segment_length=4, max_depth=2, root_divergence=2, divergence=2)
+    config = flat(segment_length=4, max_depth=2, root_divergence=2, divergence=2)
 
     def answer(request):
         ends = request.path_id == 1
@@ -278,7 +260,7 @@ def test_budget_of_an_ended_path_moves_to_the_live_ones():
 
 
 def test_fallback_starts_from_prefixes_of_answers_or_else_from_the_root():
-    config = TreeConfig(segment_length=4, max_depth=3, root_divergence=1, divergence=2)
+    config = flat(segment_length=4, max_depth=3, root_divergence=1, divergence=2)
 
     def answer(request):
         if request.prefix.depth == 2:
@@ -290,14 +272,14 @@ def test_fallback_starts_from_prefixes_of_answers_or_else_from_the_root():
     assert fallen and all(0 <= p.fallback_from < 12 for p in fallen)
 
     cut = grow(
-        make_search(TreeConfig(segment_length=4, max_depth=1, root_divergence=1), 5),
+        make_search(flat(segment_length=4, max_depth=1, root_divergence=1), 5),
         answer=lambda r: Segment([7] * r.max_tokens, [0.0] * r.max_tokens),
     )
     assert [p.fallback_from for p in cut.tree.trajectories] == [None, -1, -1, -1, -1]
 
 
 def test_failed_segments_are_grown_again_from_healthy_siblings():
-    config = TreeConfig(segment_length=4, max_depth=3, root_divergence=4)
+    config = flat(segment_length=4, max_depth=3, root_divergence=4)
     failures = iter(range(3))
 
     def answer(request):
@@ -309,19 +291,19 @@ def test_failed_segments_are_grown_again_from_healthy_siblings():
 
 
 def test_a_tree_that_only_fails_ends_in_placeholders_that_name_the_cause():
-    search = grow(make_search(TreeConfig(), 3), answer=lambda request: 'engine is out')
+    search = grow(make_search(flat(), 3), answer=lambda request: 'engine is out')
     assert [p.stop for p in search.tree.trajectories] == [StopReason.FAILED] * 3
     assert all('engine is out' in p.error and not p.leaf.lineage() for p in search.tree.trajectories)
 
 
 def test_an_overlong_prompt_asks_nothing_of_the_engine():
-    search = make_search(TreeConfig(), 2, prompt_ids=[1] * 10, max_context=10)
+    search = make_search(flat(), 2, prompt_ids=[1] * 10, max_context=10)
     assert search.start() == [] and search.done
     assert search.tree.stats.engine_requests == 0 and '10 tokens' in search.tree.trajectories[0].error
 
 
 def test_stop_reasons_have_a_fixed_precedence():
-    config = TreeConfig(segment_length=4, max_depth=1)
+    config = flat(segment_length=4, max_depth=1)
     search = make_search(config, 1)
     (request,) = search.start()
     search.extend(request.path_id, Segment([1, EOS], [0.0, 0.0], StopReason.EOS))
@@ -332,7 +314,7 @@ def test_stop_reasons_have_a_fixed_precedence():
 
 def test_limits_are_told_apart():
     def stop(**kwargs):
-        search = make_search(TreeConfig(segment_length=4, max_depth=2), 1, **kwargs)
+        search = make_search(flat(segment_length=4, max_depth=2), 1, **kwargs)
         answer = lambda r: Segment([7] * r.max_tokens, [0.0] * r.max_tokens)
         return grow(search, answer=answer).tree.trajectories[0].stop
 
@@ -343,13 +325,13 @@ def test_limits_are_told_apart():
 
 
 def test_request_seeds_differ_between_forks_of_one_prefix():
-    search = make_search(TreeConfig(root_divergence=6), 6)
+    search = make_search(flat(root_divergence=6), 6)
     assert len({request.seed for request in search.start()}) == 6
 
 
 def test_a_width_below_one_is_refused():
     with pytest.raises(ValueError, match='width=0'):
-        make_search(TreeConfig(), 0)
+        make_search(flat(), 0)
 
 
 def test_samples_of_the_test_language_depend_on_context_and_seed():
@@ -357,8 +339,8 @@ def test_samples_of_the_test_language_depend_on_context_and_seed():
 
 
 def test_prefix_cache_hits_are_counted():
-    config = TreeConfig(segment_length=4, max_depth=2, root_divergence=1, schedule='lockstep')
-    search = make_search(config, 2, prompt_ids=[1] * 6)
+    config = flat(segment_length=4, max_depth=2, root_divergence=1)
+    search = make_search(config, 2, prompt_ids=[1] * 6, by_segment=True)
     grow(search, answer=lambda r: Segment([7] * 4, [0.0] * 4, cached_tokens=r.prefix.length))
     # One request from the prompt of 6 tokens, two from 4 tokens further.
     assert (search.tree.stats.input_tokens, search.tree.stats.cached_tokens) == (6 + 2 * 10, 2 * 4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import random
 
@@ -11,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.builders import EOS, grow, make_search, sample, segment_of
-from tests.unit.test_search import configs, seeds, shape, widths
+from tests.flat import flat
+from tests.unit.test_search import configs, laws_search, seeds, shape, widths
 from treepo_swift.config import ConfigError, TreeConfig
 from treepo_swift.core.search import NextTurn, Segment
 from treepo_swift.core.tree import Node, Path, StopReason, response_ids, response_logprobs, sampled_tokens
@@ -24,8 +24,8 @@ def turn_configs(draw) -> TreeConfig:
     config = draw(configs)
     fork_at = draw(st.sampled_from(['both', 'segment', 'turn']))
     if fork_at != 'turn':
-        return dataclasses.replace(config, fork_at=fork_at)
-    return dataclasses.replace(config, fork_at=fork_at, fallback=draw(st.sampled_from(IN_TURNS)), fallback_start='idle')
+        return config.replace(fork_at=fork_at)
+    return config.replace(fork_at=fork_at, fallback=draw(st.sampled_from(IN_TURNS)))
 
 
 turn_configs = turn_configs()
@@ -50,7 +50,9 @@ def reply(path: Path) -> tuple[list[int], int] | None:
 def test_a_tree_has_w_trajectories_that_end_with_what_was_sampled_within_the_limits_of_each_turn(
     config, width, seed, max_response, max_context
 ):
-    search = make_search(config, width, seed=seed, max_response=max_response, max_context=max_context)
+    search = make_search(
+        config, width, seed=seed, by_segment=seed % 2, max_response=max_response, max_context=max_context
+    )
     grow(search, order=random.Random(seed), environment=reply)
     assert search.done and len(search.tree.trajectories) == width and not search.growing
     for path in search.tree.trajectories:
@@ -66,7 +68,7 @@ def test_a_tree_has_w_trajectories_that_end_with_what_was_sampled_within_the_lim
 @given(turn_configs, widths, seeds)
 @settings(max_examples=150, deadline=None)
 def test_engine_input_is_prompt_plus_nodes_and_only_sampled_tokens_have_logprobs(config, width, seed):
-    search = make_search(config, width, seed=seed)
+    search = laws_search(config, width, seed)
     asked: list[tuple[list[int], list[int]]] = []
     grow(
         search,
@@ -86,7 +88,7 @@ def test_engine_input_is_prompt_plus_nodes_and_only_sampled_tokens_have_logprobs
             assert len(node.logprobs) == (len(node.token_ids) if node.sampled else 0)
             if not node.sampled:
                 # What an environment said stays whole, and the next turn was sampled from behind it.
-                assert node.turn[0] == node.token_ids.tolist() and tuple(context) in inputs
+                assert node.data[0] == node.token_ids.tolist() and tuple(context) in inputs
         assert len(response_logprobs(path.leaf)) == sampled_tokens(path.leaf)
     assert search.tree.stats.decoded_tokens == sum(len(ids) for _, ids in asked)
     assert search.tree.stats.trajectory_tokens == sum(sampled_tokens(path.leaf) for path in search.tree.trajectories)
@@ -96,7 +98,7 @@ def test_engine_input_is_prompt_plus_nodes_and_only_sampled_tokens_have_logprobs
 @settings(max_examples=150, deadline=None)
 def test_no_path_goes_on_sampling_a_turn_that_has_ended(config, width, seed):
     """Taken-back ends aside, EOS is the last token of its turn on every path."""
-    search = make_search(config, width, seed=seed)
+    search = laws_search(config, width, seed)
     grow(search, order=random.Random(seed), environment=reply)
     for path in search.tree.trajectories:
         nodes = path.leaf.lineage()
@@ -107,10 +109,12 @@ def test_no_path_goes_on_sampling_a_turn_that_has_ended(config, width, seed):
 
 @given(turn_configs, widths, seeds, st.integers(0, 5), st.floats(0, 0.2))
 @settings(max_examples=150, deadline=None)
-def test_stream_and_lockstep_grow_the_same_tree_whatever_the_order_of_the_answers(config, width, seed, order, faults):
+def test_paths_and_segments_as_requests_grow_the_same_tree_whatever_the_order_of_the_answers(
+    config, width, seed, order, faults
+):
     grown = []
-    for schedule, answers in (('stream', order), ('lockstep', order + 1)):
-        search = make_search(dataclasses.replace(config, schedule=schedule), width, seed=seed)
+    for by_segment, answers in ((False, order), (True, order + 1)):
+        search = make_search(config, width, seed=seed, by_segment=by_segment)
 
         def answer(request, search=search):
             ids = search.tree.prompt_ids + response_ids(request.prefix)
@@ -131,7 +135,7 @@ def test_stream_and_lockstep_grow_the_same_tree_whatever_the_order_of_the_answer
 @given(turn_configs, widths, seeds)
 @settings(max_examples=150, deadline=None)
 def test_paths_fork_where_fork_at_says(config, width, seed):
-    search = make_search(config, width, seed=seed)
+    search = laws_search(config, width, seed)
     started: dict[int, Node] = {}
     grow(
         search,
@@ -149,7 +153,7 @@ def test_paths_fork_where_fork_at_says(config, width, seed):
 
 
 def test_turn_level_forks_share_what_the_environment_said():
-    config = TreeConfig(segment_length=4, max_depth=2, root_divergence=1, divergence=2, fork_at='turn')
+    config = flat(segment_length=4, max_depth=2, root_divergence=1, divergence=2, fork_at='turn')
 
     def answer(request):
         return segment_of([7, EOS], StopReason.EOS)
@@ -168,7 +172,7 @@ def test_turn_level_forks_share_what_the_environment_said():
 
 def test_even_pacing_spreads_turn_level_forks_over_the_turns():
     def calls(**options):
-        config = TreeConfig(
+        config = flat(
             segment_length=4, max_depth=1, root_divergence=1, fork_at='turn', fallback_candidates='any', **options
         )
 
@@ -189,7 +193,7 @@ def test_even_pacing_spreads_turn_level_forks_over_the_turns():
 
 
 def test_depth_and_response_limits_count_in_every_turn():
-    config = TreeConfig(segment_length=2, max_depth=3)
+    config = flat(segment_length=2, max_depth=3)
     search = make_search(config, 1, max_response=5)
     (request,) = search.start()
     assert request.max_tokens == 5
@@ -199,22 +203,20 @@ def test_depth_and_response_limits_count_in_every_turn():
     search.extend(request.path_id, segment_of([7]))
     assert search.stop_of(request.path_id, None) is StopReason.TOKEN_LIMIT
     (again,) = search.begin_turn(request.path_id, NextTurn(5, [9], 'turn 2'))
-    assert again.max_tokens == 5 and again.prefix.turn == 'turn 2' and again.prefix.length == 6
+    assert again.max_tokens == 5 and again.prefix.data == 'turn 2' and again.prefix.length == 6
     search.extend(request.path_id, segment_of([7, EOS], StopReason.EOS))
     search.settle(request.path_id)
     assert search.done and search.tree.trajectories[0].leaf.length == 8
 
 
 def test_cuts_within_turns_are_refused_where_only_turns_fork():
-    with pytest.raises(ConfigError, match='fork_at.*fallback_start'):
-        TreeConfig(fork_at='turn', fallback_start='early')
     for fallback in ('random_token', 'random_block', 'min_logprob_token', 'logprob_block'):
         with pytest.raises(ConfigError, match='fork_at.*fallback'):
-            TreeConfig(fork_at='turn', fallback=fallback)
+            flat(fork_at='turn', fallback=fallback)
 
 
 def test_an_environment_is_never_split():
-    search = make_search(TreeConfig(segment_length=4, max_depth=2), 1)
+    search = make_search(flat(segment_length=4, max_depth=2), 1)
     (request,) = search.start()
     search.extend(request.path_id, Segment([7, EOS], [0.0, 0.0], StopReason.EOS))
     (request,) = search.begin_turn(request.path_id, NextTurn(2, [9, 9, 9], 'turn'))
@@ -223,4 +225,4 @@ def test_an_environment_is_never_split():
     (path,) = search.tree.trajectories
     with pytest.raises(ValueError, match='environment'):
         search.tree.node_at(path, 3)
-    assert search.tree.node_at(path, 5).turn == 'turn'
+    assert search.tree.node_at(path, 5).data == 'turn'

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.builders import grow, segment_of
+from tests.flat import flat
 from treepo_swift.cli.main import main
 from treepo_swift.config import TreeConfig
 from treepo_swift.lab.lengths import LengthDistribution
@@ -39,7 +40,7 @@ COSTLY = dict(step_seconds_per_sequence=2**-5, step_seconds_per_context_token=2*
 
 def setup(schedule: str = 'stream', **changes) -> Setup:
     tree = {key: changes.pop(key) for key in list(changes) if key in TreeConfig.__dataclass_fields__ and key != 'seed'}
-    config = TreeConfig(**{'segment_length': 8, 'max_depth': 4, **tree})
+    config = flat(**{'segment_length': 8, 'max_depth': 4, **tree})
     values = dict(prompts=3, width=4, prompt_tokens=6, lengths=LengthDistribution.fixed(config.max_response_tokens))
     return Setup(config, schedule, **{**values, **changes})
 
@@ -103,16 +104,19 @@ def test_an_engine_model_survives_its_file(tmp_path):
     assert EngineModel.from_json(tmp_path / 'engine.json') == saved
 
 
-@pytest.mark.parametrize('change, message', [
-    ({'step_seconds': 0}, r'EngineModel.step_seconds=0: must be a finite number above 0'),
-    ({'step_seconds': math.nan}, 'step_seconds=nan'),
-    ({'prefill_seconds_per_token': -1}, 'prefill_seconds_per_token=-1: must be a finite number of at least 0'),
-    ({'max_sequences': 2.5}, 'max_sequences=2.5: must be an integer above 0'),
-    ({'block_size': True}, 'block_size=True'),
-    ({'hardware': 3}, 'hardware=3: must be a string'),
-    ({'speed': 1}, r"unknown keys \['speed'\], missing keys \[\]. Allowed are: step_seconds, "),
-    ({'step_seconds': None}, 'step_seconds=None'),
-])  # yapf: disable
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'step_seconds': 0}, r'EngineModel.step_seconds=0: must be a finite number above 0'),
+        ({'step_seconds': math.nan}, 'step_seconds=nan'),
+        ({'prefill_seconds_per_token': -1}, 'prefill_seconds_per_token=-1: must be a finite number of at least 0'),
+        ({'max_sequences': 2.5}, 'max_sequences=2.5: must be an integer above 0'),
+        ({'block_size': True}, 'block_size=True'),
+        ({'hardware': 3}, 'hardware=3: must be a string'),
+        ({'speed': 1}, r"unknown keys \['speed'\], missing keys \[\]. Allowed are: step_seconds, "),
+        ({'step_seconds': None}, 'step_seconds=None'),
+    ],
+)
 def test_a_wrong_engine_model_is_refused(tmp_path, change, message):
     file = tmp_path / 'engine.json'
     file.write_text(json.dumps(dataclasses.asdict(model()) | change))
@@ -386,11 +390,14 @@ def test_servers_without_prompts_idle():
     assert eight.seconds == three.seconds and eight.mean_running == pytest.approx(three.mean_running * 3 / 8)
 
 
-@pytest.mark.parametrize('change, message', [
-    ({'prompts': 0}, 'prompts=0: must be at least 1'),
-    ({'schedule': 'eager'}, "schedule='eager': must be independent, lockstep or stream"),
-    ({'max_tokens': -1}, 'max_tokens=-1'),
-])  # yapf: disable
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'prompts': 0}, 'prompts=0: must be at least 1'),
+        ({'schedule': 'eager'}, "schedule='eager': must be independent, lockstep or stream"),
+        ({'max_tokens': -1}, 'max_tokens=-1'),
+    ],
+)
 def test_an_impossible_setup_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         setup(**change)
@@ -405,7 +412,7 @@ def test_a_cache_for_less_than_one_response_is_refused():
 
 
 def bench_file(tmp_path, workload: str, seconds: dict[str, float], **settings) -> str:
-    config = TreeConfig(segment_length=8, max_depth=4).to_dict()
+    config = flat(segment_length=8, max_depth=4).to_dict()
     settings = dict(prompts=3, width=4, prompt_tokens=6.4, config=config, workload=workload, max_tokens=32, **settings)
     modes = {mode: {'seconds': {'median': median}} for mode, median in seconds.items()}
     file = tmp_path / f'{workload}.json'
@@ -428,8 +435,13 @@ def test_a_sweep_is_a_row_for_every_combination(tmp_path, capsys):
     rows = json.loads(found.read_text())['rows']
     # Independent sampling knows no pacing.
     assert [[row['settings'][key] for key in ('schedule', 'S', 'pacing')] for row in rows] == [
-        ['stream', 8, 'eager'], ['independent', 8, None], ['stream', 8, 'even'],
-        ['stream', 16, 'eager'], ['independent', 16, None], ['stream', 16, 'even']]  # yapf: disable
+        ['stream', 8, 'eager'],
+        ['independent', 8, None],
+        ['stream', 8, 'even'],
+        ['stream', 16, 'eager'],
+        ['independent', 16, None],
+        ['stream', 16, 'even'],
+    ]
     assert rows[0]['result'] == dataclasses.asdict(simulate(model(), setup(prompts=2, width=16)))
 
 
@@ -465,26 +477,32 @@ def test_predictions_stand_beside_measurements(tmp_path, capsys):
     assert f'mean absolute error {(0.2 + abs(predicted / 20 - 1)) / 2:.1%}' in printed
 
 
-@pytest.mark.parametrize('options, message', [
-    (['--engine', 'nowhere.json'], 'nowhere.json: No such file or directory.'),
-    (['--depth', '4x'], '--depth 4x: must be integers, separated by commas.'),
-    (['--width', '0'], 'width=0: must be at least 1.'),
-    (['--pacing', 'odd'], "pacing='odd': must be 'eager' or 'even'"),
-    (['--validate', 'nowhere.json'], 'nowhere.json: No such file or directory.'),
-])  # yapf: disable
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (['--engine', 'nowhere.json'], 'nowhere.json: No such file or directory.'),
+        (['--depth', '4x'], '--depth 4x: must be integers, separated by commas.'),
+        (['--width', '0'], 'width=0: must be at least 1.'),
+        (['--pacing', 'odd'], "pacing='odd': must be 'eager' or 'even'"),
+        (['--validate', 'nowhere.json'], 'nowhere.json: No such file or directory.'),
+    ],
+)
 def test_wrong_options_are_one_clear_line(tmp_path, capsys, options, message):
     assert command(tmp_path, *options) == 1
     printed = capsys.readouterr()
     assert printed.err.startswith(f'treepo-swift simulate: {message}') and printed.err.count('\n') == 1
 
 
-@pytest.mark.parametrize('path, value, message', [
-    (['settings'], None, "'settings' is missing or of a wrong type"),
-    (['settings', 'prompts'], 'three', "'prompts' is missing or of a wrong type"),
-    (['settings', 'config'], {'depth': 3}, "unknown key 'depth'"),
-    (['lengths'], [], 'non-empty list'),
-    (['modes', 'stream', 'seconds', 'median'], 0, "mode 'stream' is 0: must be above 0"),
-])  # yapf: disable
+@pytest.mark.parametrize(
+    'path, value, message',
+    [
+        (['settings'], None, "'settings' is missing or of a wrong type"),
+        (['settings', 'prompts'], 'three', "'prompts' is missing or of a wrong type"),
+        (['settings', 'config'], {'depth': 3}, "unknown key 'depth'"),
+        (['lengths'], [], 'non-empty list'),
+        (['modes', 'stream', 'seconds', 'median'], 0, "mode 'stream' is 0: must be above 0"),
+    ],
+)
 def test_a_wrong_bench_result_is_refused(tmp_path, path, value, message):
     file = tmp_path / 'natural.json'
     whole = part = json.loads(open(bench_file(tmp_path, 'natural', {'stream': 1.0})).read())

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.flat import flat
 from treepo_swift.config import ConfigError, TreeConfig
 from treepo_swift.core.policies import repetition
 from treepo_swift.core.policies.answers import answer_detectors, register_answer
@@ -36,7 +37,7 @@ def forgot_return(text: str) -> bool:
 
 
 def detector(name: str, **options):
-    return answer_detectors[name](TreeConfig(answer=name, **options))
+    return answer_detectors[name](flat(answer=name, **options))
 
 
 def run(checker, *pieces: str):
@@ -174,8 +175,8 @@ def test_a_registered_function_must_say_true_or_false():
 
 
 def test_an_unknown_answer_is_refused_with_what_is_allowed():
-    with pytest.raises(ConfigError, match="answer='boxd': .*allowed are boxed, none, tags"):
-        TextChecker(TreeConfig(answer='boxd'))
+    with pytest.raises(ConfigError, match="stop.answer.detector='boxd': .*allowed are boxed, none, tags"):
+        TextChecker(flat(answer='boxd'))
 
 
 # Repetition
@@ -234,7 +235,7 @@ def test_repetition_is_exact_when_every_window_collides(pieces, length, count):
 @settings(max_examples=300, deadline=None)
 def test_forks_do_not_influence_each_other(left, right, shared):
     for answer in ('boxed', 'tags', 'none', 'test-final-line'):
-        checker = TextChecker(TreeConfig(answer=answer, repetition_length=3, repetition_count=3))
+        checker = TextChecker(flat(answer=answer, repetition_length=3, repetition_count=3))
         fork = run(checker, '', *left[:shared])[-1]
         before = (fork.answer, fork.repetition)
         one, other = fork, fork
@@ -248,24 +249,24 @@ def test_forks_do_not_influence_each_other(left, right, shared):
 
 def test_what_is_off_is_not_looked_for():
     text = 'x' * 400 + r'\boxed{1}'
-    state = run(TextChecker(TreeConfig(answer='none', stop_at_repetition=False)), text)[-1]
+    state = run(TextChecker(flat(answer='none', stop_at_repetition=False)), text)[-1]
     assert (state.answer, state.repetition) == (False, False)
-    state = run(TextChecker(TreeConfig()), text)[-1]
+    state = run(TextChecker(flat()), text)[-1]
     assert (state.answer, state.repetition) == (True, True)
 
 
 def test_defaults_find_a_loop_and_not_a_list():
     loop = 'I should check this once more, carefully. ' * 8
-    assert check_text(loop, TreeConfig()) is StopReason.REPETITION
-    assert check_text(loop, TreeConfig(stop_at_repetition=False)) is None
-    assert check_text('\n'.join(f'Step {i}: add {i} and {i * 7}.' for i in range(200)), TreeConfig()) is None
+    assert check_text(loop, flat()) is StopReason.REPETITION
+    assert check_text(loop, flat(stop_at_repetition=False)) is None
+    assert check_text('\n'.join(f'Step {i}: add {i} and {i * 7}.' for i in range(200)), flat()) is None
 
 
 def test_an_answer_comes_first():
     text = 'x' * 400 + r'\boxed{1}'
-    assert check_text(text, TreeConfig()) is StopReason.ANSWER
-    assert check_text(text, TreeConfig(answer='none')) is StopReason.REPETITION
-    assert check_text('<answer>1</answer>', TreeConfig(answer='tags')) is StopReason.ANSWER
+    assert check_text(text, flat()) is StopReason.ANSWER
+    assert check_text(text, flat(answer='none')) is StopReason.REPETITION
+    assert check_text('<answer>1</answer>', flat(answer='tags')) is StopReason.ANSWER
 
 
 # Model output is hostile
@@ -333,3 +334,17 @@ def test_first_stop_string_is_the_one_that_completes_first():
     assert first_stop_string('a<end>b<stop>', ['<stop>', '<end>']) == '<end>'
     assert first_stop_string('abc', ['bc', 'abc']) == 'abc' or first_stop_string('abc', ['bc', 'abc']) == 'bc'
     assert first_stop_string('abc', ['d']) is None
+
+
+def test_near_loops_are_found_where_asked():
+    steps = ''.join(f'Step {i}: we look at the next case and see that nothing has changed. ' for i in range(60))
+    assert check_text(steps, TreeConfig()) is None
+    near = TreeConfig(stop={'repetition': {'rule': 'loop', 'near_characters': 2000}})
+    assert check_text(steps, near) is StopReason.REPETITION and check_text(steps[:1900], near) is None
+
+
+def test_a_loop_stops_a_path_and_text_that_repeats_itself_does_not():
+    table = '| --- | --- |\n' * 20 + '-' * 39
+    assert check_text(table, TreeConfig()) is None
+    assert check_text(table, TreeConfig(stop={'repetition': 'windows'})) is StopReason.REPETITION
+    assert check_text('Let me think about this again. ' * 17, TreeConfig()) is StopReason.REPETITION

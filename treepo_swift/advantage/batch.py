@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from treepo_swift.config import TreeConfig
+from treepo_swift.config.sections import OtherAdvantage
 from treepo_swift.wire.report import TreeReport
 
 from .normalisation import normalise
@@ -33,14 +34,11 @@ def tree_advantages(
     """
     healthy = [i for i, report in enumerate(reports) if not report.is_placeholder]
     paths = [[reports[i].id, *reports[i].nodes] for i in healthy]
-    options = dict(
-        estimator=config.estimator,
-        weighting=config.weighting,
-        reject_flat_subgroups=config.reject_flat_subgroups,
-        include_root=config.include_root,
-        count_chains=config.count_chains,
-    )
-    if is_segment_level(config.estimator):
+    settings = config.advantage
+    options = settings.model_dump(exclude={'normalisation', 'options'})
+    if isinstance(settings, OtherAdvantage):
+        options['options'] = settings.options
+    if is_segment_level(settings.estimator):
         raw = estimate_segments(paths, [rewards[i] for i in healthy], **options)
         tokens = [reports[i].tokens for i in healthy]
     else:
@@ -51,8 +49,8 @@ def tree_advantages(
             [value for values in raw for value in values],
             [n if lengths[i] else 0 for i, counts in zip(healthy, tokens, strict=True) for n in counts],
             [reports[i].id for i, values in zip(healthy, raw, strict=True) for _ in values],
-            how=config.normalisation,
-            shift_mean=config.whiten_shift_mean,
+            how='whiten' if settings.normalisation == 'whiten_scale' else settings.normalisation,
+            shift_mean=settings.normalisation != 'whiten_scale',
         )
     )
     advantages = [SegmentAdvantages([], [], 0.0)] * len(reports)

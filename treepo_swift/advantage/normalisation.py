@@ -40,7 +40,7 @@ def normalise(
         return whiten(values, lengths, shift_mean=shift_mean)
     kept = np.asarray(lengths) > 0
     value = np.where(kept, np.asarray(values, dtype=np.float64), 0.0)
-    return (value if how == 'none' else _scale_by_tree(value, kept, trees)).tolist()
+    return list((value if how == 'none' else _scale_by_tree(value, kept, trees)).tolist())
 
 
 def _scale_by_tree(value: np.ndarray, kept: np.ndarray, trees: Sequence[Hashable]) -> np.ndarray:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import chain
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -19,14 +19,17 @@ LEVELS = ('trajectory', 'segment')
 class AdvantageEstimator(Protocol):
     """Trajectory level."""
 
-    def __call__(self, paths: Sequence[TreePath], rewards: Sequence[float], **options: Any) -> list[float]:
+    # With `*args` a type checker lets an estimator name the options that it reads.
+    def __call__(self, paths: Sequence[TreePath], rewards: Sequence[float], *args: Any, **options: Any) -> list[float]:
         """Return one advantage per trajectory, before normalisation."""
 
 
 class SegmentAdvantageEstimator(Protocol):
     """Segment level."""
 
-    def __call__(self, paths: Sequence[TreePath], rewards: Sequence[float], **options: Any) -> list[list[float]]:
+    def __call__(
+        self, paths: Sequence[TreePath], rewards: Sequence[float], *args: Any, **options: Any
+    ) -> list[list[float]]:
         """Return one list per trajectory, with one advantage per node after the root, before normalisation."""
 
 
@@ -78,6 +81,7 @@ def estimate(
     reject_flat_subgroups: bool = False,
     include_root: bool = True,
     count_chains: str = 'per_depth',
+    options: Mapping[str, Any] | None = None,
 ) -> list[float]:
     """Advantages of a batch of trajectories, one float each, not yet normalised.
 
@@ -85,8 +89,8 @@ def estimate(
         paths: per trajectory its tree id and the ids of its nodes, root first. Trees may be mixed, in any order.
         rewards: one finite number per trajectory. Leave failed trajectories out of both lists.
         estimator: a registered name of trajectory level.
-        weighting, reject_flat_subgroups, include_root, count_chains: see `treepo_swift.config.TreeConfig`. Every
-            estimator is given them; of those in this package only `treepo` reads them.
+        weighting, reject_flat_subgroups, include_root, count_chains: for `treepo`, see `TreepoAdvantage` of the config.
+        options: keyword arguments of an estimator that you registered.
 
     Raises:
         ValueError: lengths differ, a path is empty, a reward is not finite, a name is unknown or of segment level, or
@@ -95,14 +99,15 @@ def estimate(
     if is_segment_level(estimator):
         raise ValueError(f'estimator={estimator!r} gives one value per segment: call estimate_segments.')
     _check_batch(paths, rewards)
-    values = _estimators[estimator](
-        paths,
-        rewards,
-        weighting=weighting,
-        reject_flat_subgroups=reject_flat_subgroups,
-        include_root=include_root,
-        count_chains=count_chains,
-    )
+    keywords = dict(options or {})
+    if estimator == 'treepo':
+        keywords = dict(
+            weighting=weighting,
+            reject_flat_subgroups=reject_flat_subgroups,
+            include_root=include_root,
+            count_chains=count_chains,
+        )
+    values = cast(AdvantageEstimator, _estimators[estimator])(paths, rewards, **keywords)
     _check_result(estimator, values, [1] * len(paths), [1] * len(values))
     return values
 
@@ -116,22 +121,26 @@ def estimate_segments(
     reject_flat_subgroups: bool = False,
     include_root: bool = True,
     count_chains: str = 'per_depth',
+    options: Mapping[str, Any] | None = None,
 ) -> list[list[float]]:
     """Advantages of a batch of trajectories, one list each with a value per node after the root, not yet normalised.
 
     An estimator of trajectory level repeats its value for every node. Arguments and errors are those of `estimate`.
     """
-    options = dict(
-        weighting=weighting,
-        reject_flat_subgroups=reject_flat_subgroups,
-        include_root=include_root,
-        count_chains=count_chains,
-    )
     if not is_segment_level(estimator):
-        values = estimate(paths, rewards, estimator=estimator, **options)
+        values = estimate(
+            paths,
+            rewards,
+            estimator=estimator,
+            weighting=weighting,
+            reject_flat_subgroups=reject_flat_subgroups,
+            include_root=include_root,
+            count_chains=count_chains,
+            options=options,
+        )
         return [[value] * (len(path) - 1) for path, value in zip(paths, values, strict=True)]
     _check_batch(paths, rewards)
-    segments = _estimators[estimator](paths, rewards, **options)
+    segments = cast(SegmentAdvantageEstimator, _estimators[estimator])(paths, rewards, **dict(options or {}))
     _check_result(
         estimator,
         list(chain.from_iterable(segments)),

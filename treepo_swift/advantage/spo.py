@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -16,13 +15,13 @@ ROUNDING = 1e-5
 
 
 @register_advantage('spo', level='segment')
-def spo(paths: Sequence[TreePath], rewards: Sequence[float], **options: Any) -> list[list[float]]:
+def spo(paths: Sequence[TreePath], rewards: Sequence[float]) -> list[list[float]]:
     """Sibling z-score, after the tree-based advantages of SPO (arXiv 2505.23564).
 
     ``A(node) = (V(node) - mean(V of siblings)) / (std(V of siblings) + 1e-4)``. V is the mean reward of the
     trajectories through a node. The siblings are all children of the node's parent, itself among them; each counts
     once, however many trajectories run through it. The standard deviation is the sample one (n - 1). Epsilon and
-    divisor are this package's choice, the same as in `grpo`. Reads no options.
+    divisor are this package's choice, the same as in `grpo`.
 
     Degenerate cases: an only child gets 0. Siblings whose values spread (std) by at most 1e-5 of the tree's reward
     range are alike and get zeros, so that rounding is not blown up. Siblings whose values nearly agree still get values

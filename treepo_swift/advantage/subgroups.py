@@ -88,7 +88,8 @@ class Subgroups:
         some_L_of_N = np.empty_like(self.parent_N)
         some_L_of_N[self.node_S] = self.trajectory_S
         differs_S = self.gain_L[self.trajectory_S] != self.gain_L[some_L_of_N[self.node_S]]
-        return np.bincount(self.node_S, weights=differs_S, minlength=len(self.parent_N)) == 0
+        differing_N = np.bincount(self.node_S, weights=differs_S, minlength=len(self.parent_N))
+        return np.asarray(differing_N == 0)
 
     def per_segment(self, value_N: np.ndarray) -> list[list[float]]:
         """One list per trajectory with the values of its nodes after the root."""

@@ -53,4 +53,5 @@ def treepo(
     total_L += root_weight_L
     baseline_L = (groups.sum_L(weight_N * groups.value_N) + root_weight_L * groups.value_N[root_L]) / total_L
     alone_L = size_N[root_L] == 1
-    return np.where(alone_L, np.asarray(rewards, dtype=np.float64), groups.gain_L - baseline_L).tolist()
+    advantage_L = np.where(alone_L, np.asarray(rewards, dtype=np.float64), groups.gain_L - baseline_L)
+    return list(advantage_L.tolist())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -12,12 +11,12 @@ from .subgroups import Subgroups
 
 
 @register_advantage('treerl', level='segment')
-def treerl(paths: Sequence[TreePath], rewards: Sequence[float], **options: Any) -> list[list[float]]:
+def treerl(paths: Sequence[TreePath], rewards: Sequence[float]) -> list[list[float]]:
     """Process reward of TreeRL (arXiv 2506.11902), used as the segment's advantage.
 
     ``A(node) = ((V(node) - V(root)) + (V(node) - V(parent))) / sqrt(n(node))``: the global plus the local advantage,
     where V is the mean reward of the n trajectories through a node. The division makes up for a shared segment being
-    trained on once per trajectory through it. Reads no options.
+    trained on once per trajectory through it.
 
     Only this formula is TreeRL's; its selection of leaves and its own shaping of leaf rewards are not part of it.
 

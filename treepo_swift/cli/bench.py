@@ -74,13 +74,11 @@ def _fake(args: argparse.Namespace) -> int:
     config = _workload(args).config
     # Imports and warm-up are not what is asked for.
     fake.rollout(config, 1, args.width, packed=True)
-    found = {
-        'scheduler': fake.measure(config, prompts=args.prompts, width=args.width),
-        'profile': fake.profile(config, prompts=min(args.prompts, PROFILED_PROMPTS), width=args.width),
-        'payload': fake.payload(config, width=args.width),
-    }
-    print(f'{table([found["scheduler"]])}\n\n{table(found["profile"])}\n\n{table(found["payload"])}')
-    _write(args.json, found)
+    scheduler = fake.measure(config, prompts=args.prompts, width=args.width)
+    profile = fake.profile(config, prompts=min(args.prompts, PROFILED_PROMPTS), width=args.width)
+    payload = fake.payload(config, width=args.width)
+    print('\n\n'.join(map(table, ([scheduler], profile, payload))))
+    _write(args.json, {'scheduler': scheduler, 'profile': profile, 'payload': payload})
     return 0
 
 
@@ -111,7 +109,7 @@ def _workload(args: argparse.Namespace) -> Workload:
     config = TreeConfig.load()
     if args.workload != 'natural':
         # Text that nobody meant to end must not look like an end.
-        config = TreeConfig.from_dict({**config.to_dict(), 'answer': 'none', 'stop_at_repetition': False})
+        config = config.replace(stop={'answer': 'none', 'repetition': 'none'})
     return Workload(
         kind=args.workload,
         messages=read_messages(args.data, args.prompts) if args.data else made_up_messages(args.prompts),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def _simulate(model: EngineModel, setups: list[Setup]) -> list[Result]:
 def _setups(args: argparse.Namespace) -> list[Setup]:
     """Every combination. What only trees know makes no further rows of independent sampling."""
     lengths = LengthDistribution.from_json(args.lengths) if args.lengths else None
-    setups = {}
+    setups: dict[tuple[Any, ...], Setup] = {}
     for prompts, width, servers, data_parallel, config, schedule in product(
         *(_integers(args, name) for name in ('prompts', 'width', 'servers', 'data_parallel')),
         _configs(args),
@@ -169,10 +169,12 @@ def _setups(args: argparse.Namespace) -> list[Setup]:
 
 def _configs(args: argparse.Namespace) -> list[TreeConfig]:
     config = TreeConfig.load({CONFIG_ENV: args.config}) if args.config else TreeConfig()
-    sweeps = {field: _integers(args, name) for name, field in CONFIG_SWEEPS.items() if getattr(args, name)}
+    sweeps: dict[str, list[Any]] = {
+        field: _integers(args, name) for name, field in CONFIG_SWEEPS.items() if getattr(args, name)
+    }
     if args.pacing:
         sweeps['pacing'] = args.pacing.split(',')
-    return [replace(config, **dict(zip(sweeps, values))) for values in product(*sweeps.values())]
+    return [config.replace(**dict(zip(sweeps, values))) for values in product(*sweeps.values())]
 
 
 def _integers(args: argparse.Namespace, name: str) -> list[int]:

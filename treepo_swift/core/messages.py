@@ -1,4 +1,4 @@
-"""What the search and whoever drives it tell each other."""
+"""What the search and its driver tell each other: requests, segments, turns and limits."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class NextTurn:
 
     keep: int
     environment_ids: list[int]
-    turn: Any = None
-    """For whoever asks the environment: ``Node.turn`` of its node."""
+    data: Any = None
+    """``Node.data`` of the environment's node."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,18 +65,20 @@ class Node:
     """Response tokens from the root to the end of this node, an environment's included."""
     start: Node | None = field(default=None, repr=False)
     """Where the turn that this node belongs to began, None at the root; see `turn_start`."""
-    turn: Any = field(default=None, repr=False)
-    """What begins at the end of this node, for whoever asks the hooks: None inside a turn."""
     sampled: bool = True
     """False for the tokens of an environment: they are never trained on."""
     entropies: list[float] | None = None
     """Entropy of the sampling distribution at each token in nats, where a policy asked for it."""
     id: int = 0
     """1, 2, ... when the tree is done; 0 before, and at the root."""
-    text: str | None = None
-    """What `token_ids` add to the response's text, None until somebody asked (the exact thing is the ids)."""
-    text_state: Any = None
-    """What the text checks know at the end of this node, None until somebody asked."""
+    data: Any = field(default=None, repr=False)
+    """What the driver keeps of it. The search hands it on and never looks at it."""
+
+    @property
+    def above(self) -> Node:
+        """The parent of a node that has one: of every node but the root."""
+        assert self.parent is not None, 'the root has no parent'
+        return self.parent
 
     @property
     def begins_turn(self) -> bool:
@@ -86,7 +88,7 @@ class Node:
     @property
     def turn_start(self) -> Node:
         """The node at whose end the turn begins that goes on after this node."""
-        return self if self.begins_turn else self.start
+        return self if self.begins_turn or self.start is None else self.start
 
     def lineage(self, since: Node | None = None) -> list[Node]:
         """The nodes from the first one after the root (or after `since`) to this one."""
@@ -115,7 +117,7 @@ def sampled_tokens(node: Node) -> int:
 def turns_before(node: Node) -> int:
     """How many turns have ended on the way to the one that goes on after `node`."""
     start, turns = node.turn_start, 0
-    while start.parent is not None:
+    while start.start is not None:
         start, turns = start.start, turns + 1
     return turns
 
@@ -126,7 +128,7 @@ def last_ids(node: Node, count: int) -> list[int]:
     current = node
     while not current.begins_turn and len(tail) < count:
         tail = current.token_ids[len(tail) - count :].tolist() + tail
-        current = current.parent
+        current = current.above
     return tail
 
 
@@ -143,8 +145,11 @@ class Path:
     """What failed, where `stop` is FAILED."""
     id: int = 0
     """1, 2, ... in the order in which paths started, the same for every order of the engine's answers; 0 before."""
-    outcome: Any = None
-    """What the hooks made of a trajectory, None where there was no hook to ask."""
+
+    @property
+    def is_placeholder(self) -> bool:
+        """Whether it ended without a trajectory."""
+        return self.stop is not None and self.stop.is_placeholder
 
 
 @dataclass(slots=True)
@@ -200,8 +205,8 @@ class Tree:
             entropies=entropies,
         )
 
-    def add_environment(self, parent: Node, token_ids: Sequence[int], turn: Any) -> Node:
-        """Append what an environment said below `parent`; `turn` begins after it."""
+    def add_environment(self, parent: Node, token_ids: Sequence[int], data: Any) -> Node:
+        """Append what an environment said below `parent`; a turn begins after it."""
         self.stats.turns += 1
         self.stats.environment_tokens += len(token_ids)
         return Node(
@@ -211,8 +216,8 @@ class Tree:
             parent.depth,
             parent.length + len(token_ids),
             parent.turn_start,
-            turn,
             sampled=False,
+            data=data,
         )
 
     def add_trajectory(self, path: Path, *, last: bool) -> None:
@@ -237,15 +242,15 @@ class Tree:
         node = path.leaf
         if not 0 <= position <= node.length:
             raise ValueError(f'position {position} of a path with {node.length} tokens.')
-        while node.length > position and node.parent.length >= position:
-            node = node.parent
+        while node.length > position and node.above.length >= position:
+            node = node.above
         return node if node.length == position else self._split(node, position)
 
     def _split(self, node: Node, position: int) -> Node:
         """Move the tokens of `node` before `position` to a new node above it, and return that."""
         if not node.sampled:
             raise ValueError(f'position {position} is inside what an environment said: no path can go on from there.')
-        parent = node.parent
+        parent = node.above
         count = position - parent.length
         entropies = node.entropies
         upper = Node(
@@ -260,5 +265,4 @@ class Tree:
         node.parent = upper
         node.token_ids, node.logprobs = node.token_ids[count:], node.logprobs[count:]
         node.entropies = entropies and entropies[count:]
-        node.text = None
         return upper

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from .engine import Place
+from .engine import Placement
 
 KV_SHARE = 0.5
 """Of a tree's final tokens, what is set aside for it: it is small for most of its life. Simulated with too little KV
@@ -15,7 +15,7 @@ cache, setting all of them aside was slower in each of four cases."""
 
 
 class Admission:
-    """Hands out places to the trees of a batch, in the order in which they ask.
+    """Lets the trees of a batch grow, in the order in which they ask.
 
     A tree is pinned to the rank with the fewest tokens on it, so that its forks find their prefix in that rank's KV
     cache. It waits while its expected tokens do not fit beside those of the trees that grow there: past that point
@@ -32,12 +32,12 @@ class Admission:
 
     @property
     def waiting(self) -> int:
-        """Trees that wait for a place."""
+        """Trees that wait."""
         return len(self._waiting)
 
     @asynccontextmanager
-    async def place(self, expected_tokens: Callable[[], int]) -> AsyncIterator[Place]:
-        """A place for a tree; older trees have the lower priority number.
+    async def admitted(self, expected_tokens: Callable[[], int]) -> AsyncIterator[Placement]:
+        """Wait until a tree may grow, and where; older trees have the lower priority number.
 
         `expected_tokens` is asked when the tree's turn comes: what was learned of trees that are done counts.
         """
@@ -53,7 +53,7 @@ class Admission:
             raise
         self._entered += 1
         try:
-            yield Place(rank, self._entered)
+            yield Placement(rank, self._entered)
         finally:
             self._release(rank, tokens)
 
@@ -77,33 +77,19 @@ class Admission:
 
 
 class Forecast:
-    """What a tree will take, learned from those that are done. Lengths drift slowly while a policy trains."""
+    """What the next tree will decode, learned from those that are done. Lengths drift slowly while a policy trains."""
 
-    def __init__(self) -> None:
-        self._mean: float | None = None
-        self._by_prompt: dict[str, float] = {}
-
-    MEMORY = 100_000
-    """Prompts whose length is remembered; the oldest is forgotten."""
     WEIGHT = 0.1
     """Of a new tree in the running mean."""
 
-    def learn(self, prompt: str, *, decoded_tokens: int, mean_length: float) -> None:
-        """A tree of `prompt` took `decoded_tokens`, and its trajectories had `mean_length` tokens."""
+    def __init__(self) -> None:
+        self._mean: float | None = None
+
+    def learn(self, decoded_tokens: int) -> None:
+        """A tree has decoded so many."""
         old = decoded_tokens if self._mean is None else self._mean
         self._mean = old + self.WEIGHT * (decoded_tokens - old)
-        self._by_prompt.pop(prompt, None)
-        self._by_prompt[prompt] = mean_length
-        if len(self._by_prompt) > self.MEMORY:
-            del self._by_prompt[next(iter(self._by_prompt))]
 
     def decoded_tokens(self, unknown: int) -> int:
         """Expected of the next tree; `unknown` before any was seen."""
         return unknown if self._mean is None else round(self._mean)
-
-    def length(self, prompt: str) -> float:
-        """Mean trajectory length at this prompt's last visit; of all of them where it is new."""
-        known = self._by_prompt
-        if prompt in known or not known:
-            return known.get(prompt, 0.0)
-        return sum(known.values()) / len(known)

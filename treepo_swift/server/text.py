@@ -10,6 +10,8 @@ from treepo_swift.core.messages import Segment
 from treepo_swift.core.policies.stopping import TextChecker, TextState, first_stop_string
 from treepo_swift.core.tree import Node, StopReason, last_ids
 
+from .replies import data_of
+
 TAIL_TOKENS = 8
 """Tokens decoded again before a segment, so that characters that span segments come out whole."""
 
@@ -24,12 +26,7 @@ class PathReader:
 
     def text(self, node: Node) -> str:
         """What the turn of `node` says up to its end."""
-        parts = []
-        for part in node.lineage(since=node.turn_start):
-            if part.text is None:
-                part.text = self._added(part.parent, part.token_ids)
-            parts.append(part.text)
-        return ''.join(parts)
+        return ''.join(self._own(part) for part in node.lineage(since=node.turn_start))
 
     def state(self, node: Node) -> TextState:
         """What the text checks know of the turn at the end of `node`; each character is looked at once per node."""
@@ -37,14 +34,12 @@ class PathReader:
             return self._checker.start()
         unread = []
         current = node
-        while current.text_state is None and not current.begins_turn:
+        while not current.begins_turn and data_of(current).text_state is None:
             unread.append(current)
             current = current.parent
-        state = self._checker.start() if current.text_state is None else current.text_state
+        state = self._checker.start() if current.begins_turn else data_of(current).text_state
         for part in reversed(unread):
-            if part.text is None:
-                part.text = self._added(part.parent, part.token_ids)
-            state = part.text_state = self._checker.feed(state, part.text)
+            state = data_of(part).text_state = self._checker.feed(state, self._own(part))
         return state
 
     def answer_length(self, leaf: Node) -> int:
@@ -86,10 +81,15 @@ class PathReader:
         """The last `count` characters up to the end of `node`."""
         text, current = '', node
         while not current.begins_turn and len(text) < count:
-            if current.text is None:
-                current.text = self._added(current.parent, current.token_ids)
-            text, current = current.text + text, current.parent
+            text, current = self._own(current) + text, current.parent
         return text[-count:]
+
+    def _own(self, node: Node) -> str:
+        """What the tokens of `node` add to the text of its turn, decoded once."""
+        data = data_of(node)
+        if data.text is None or data.text_start != node.parent.length:
+            data.text, data.text_start = self._added(node.parent, node.token_ids), node.parent.length
+        return data.text
 
     def _added(self, prefix: Node, token_ids: Sequence[int]) -> str:
         """What `token_ids` add to the text of the path that ends in `prefix`."""

@@ -33,7 +33,7 @@ class TreeGRPOConfig(GRPOConfig):
             )
         super().__post_init__()
         config = TreeConfig.load_for(self.max_completion_length)
-        check_estimator(config.estimator)
+        check_estimator(config.advantage.estimator)
         scheduler = multi_turns.get(getattr(self, 'multi_turn_scheduler', None))
         if self.vllm_mode == 'colocate' and getattr(scheduler, 'grows_trees', False):
             raise ConfigError('--vllm_mode colocate: trees grow in `swift rollout` only, which is --vllm_mode server.')

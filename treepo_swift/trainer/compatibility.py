@@ -30,26 +30,26 @@ def _advantage_reasons(args: GRPOConfig, config: TreeConfig) -> Iterator[str]:
     if args.advantage_estimator != 'grpo':
         yield (
             f'--advantage_estimator {args.advantage_estimator}: with trees the estimator is set in the tree config '
-            f'(now {config.estimator!r}). Set TREEPO_ESTIMATOR={args.advantage_estimator} instead.'
+            f'(now {config.advantage.estimator!r}). Set TREEPO_ADVANTAGE__ESTIMATOR={args.advantage_estimator} instead.'
         )
     if args.scale_rewards == 'gdpo':
         yield (
             '--scale_rewards gdpo: it normalises every reward function by itself within a prompt, but subgroups of '
-            f'a tree compare total rewards. Leave it out; normalisation={config.normalisation!r} applies.'
+            f'a tree compare total rewards. Leave it out; normalisation={config.advantage.normalisation!r} applies.'
         )
     # Another estimator and loss_type real set scale_rewards by themselves.
     implied = args.advantage_estimator != 'grpo' or args.loss_type == 'real'
     wanted = SCALE_REWARDS.get(args.scale_rewards)
-    if wanted not in (None, config.normalisation) and not implied:
+    if wanted not in (None, config.advantage.normalisation) and not implied:
         yield (
-            f'--scale_rewards {args.scale_rewards} with normalisation={config.normalisation!r} in the tree config: '
-            f'tree advantages are scaled by the latter. Set TREEPO_NORMALISATION={wanted}, or leave '
+            f'--scale_rewards {args.scale_rewards} with normalisation={config.advantage.normalisation!r} in the tree '
+            f'config: tree advantages are scaled by the latter. Set TREEPO_ADVANTAGE__NORMALISATION={wanted}, or leave '
             '--scale_rewards out.'
         )
-    if args.loss_type == 'real' and config.normalisation == 'whiten' and config.whiten_shift_mean:
+    if args.loss_type == 'real' and config.advantage.normalisation == 'whiten':
         yield (
             '--loss_type real: it only takes the sign of an advantage, which whitening with a mean shift changes. '
-            'Set TREEPO_NORMALISATION=none (or group).'
+            'Set TREEPO_ADVANTAGE__NORMALISATION=none (or group).'
         )
     if args.loss_type == 'real' and args.per_device_train_batch_size % args.num_generations:
         yield (
@@ -57,7 +57,7 @@ def _advantage_reasons(args: GRPOConfig, config: TreeConfig) -> Iterator[str]:
             'compares the answers to a prompt with each other, so every micro-batch must hold whole prompts, '
             f'a multiple of --num_generations {args.num_generations}.'
         )
-    if args.kl_in_reward and args.beta != 0.0 and config.reject_flat_subgroups:
+    if args.kl_in_reward and args.beta != 0.0 and getattr(config.advantage, 'reject_flat_subgroups', False):
         yield (
             '--kl_in_reward true with reject_flat_subgroups: with a KL term in them no two rewards are alike, so no '
             'subgroup would ever be rejected. Use one of the two.'
@@ -66,9 +66,9 @@ def _advantage_reasons(args: GRPOConfig, config: TreeConfig) -> Iterator[str]:
 
 def _segment_reasons(args: GRPOConfig, config: TreeConfig) -> Iterator[str]:
     """Options that need one advantage per trajectory, where the estimator gives one per segment."""
-    if not is_segment_level(config.estimator):
+    if not is_segment_level(config.advantage.estimator):
         return
-    estimator = f'estimator={config.estimator!r}, which gives every segment an advantage of its own'
+    estimator = f'estimator={config.advantage.estimator!r}, which gives every segment an advantage of its own'
     if args.loss_type == 'real':
         yield f'--loss_type real with {estimator}: its loss has one sign per trajectory. Use a trajectory-level one.'
     if args.importance_sampling_level == 'sequence':

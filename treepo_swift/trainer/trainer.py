@@ -17,7 +17,7 @@ from swift.utils import get_logger
 from treepo_swift.advantage import is_segment_level
 from treepo_swift.advantage.batch import SegmentAdvantages, tree_advantages
 from treepo_swift.config import ConfigError, TreeConfig
-from treepo_swift.core.policies.branching import expected_saving
+from treepo_swift.core.budgets import expected_saving
 from treepo_swift.wire.note import REQUEST_KEY, RequestNote
 from treepo_swift.wire.packing import accept_packed
 from treepo_swift.wire.report import FAILURE_KEY, REPORT_KEY, TreeReport
@@ -77,7 +77,7 @@ class TreeGRPOTrainer(GRPOTrainer):
             raise ConfigError('--sequence_parallel_size > 1 is not supported with trees in this version.')
         train_on_samples_only(self.template)
         config = self.tree_config
-        if config.verify_weight_sync:
+        if config.checks.verify_weight_sync:
             self._sync_proof = WeightSyncProof(self._computing_types())
         if self.accelerator.is_main_process:
             accept_packed(self.vllm_client.sessions)
@@ -95,8 +95,8 @@ class TreeGRPOTrainer(GRPOTrainer):
                 f'{saving:.0%} fewer tokens than independent sampling.'
             )
         logger.info(
-            f'treepo: advantages by estimator={config.estimator!r} and normalisation='
-            f'{config.normalisation!r}; --scale_rewards applies to samples without a tree only.'
+            f'treepo: advantages by estimator={config.advantage.estimator!r} and normalisation='
+            f'{config.advantage.normalisation!r}; --scale_rewards applies to samples without a tree only.'
         )
 
     def _setup_teacher(self) -> None:
@@ -278,7 +278,7 @@ class TreeGRPOTrainer(GRPOTrainer):
         self._check_alignment(reports, batches)
         kept = gather_object([n for b in batches for n in self._loss_mask(b).sum(-1).tolist()])
         advantages = tree_advantages(reports, rewards.tolist(), kept, self.tree_config)
-        if is_segment_level(self.tree_config.estimator):
+        if is_segment_level(self.tree_config.advantage.estimator):
             start = sum(gather_object([len(samples)])[: self.accelerator.process_index])
             self._segment_advantages = advantages[start : start + len(samples)]
         return torch.tensor([a.mean for a in advantages], dtype=plain.dtype, device=plain.device)

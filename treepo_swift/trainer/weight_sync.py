@@ -179,7 +179,7 @@ class WeightSyncProof:
 
 _WHAT_TO_DO = (
     "swift's server answers 200 to a weight sync that failed: look for an exception in the rollout server's log, and "
-    'restart it before you train on. TREEPO_VERIFY_WEIGHT_SYNC=false turns this check off.'
+    'restart it before you train on. TREEPO_CHECKS__VERIFY_WEIGHT_SYNC=false turns this check off.'
 )
 
 

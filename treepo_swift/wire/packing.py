@@ -94,14 +94,13 @@ def _pack(outputs: Sequence[RolloutOutput]) -> dict[str, Any]:
         if messages[len(common) :] != [_answer(output)]:
             output['messages'] = messages[len(common) :]
     columns: dict[str, Any] = {}
-    likest: list[int] = []
+    nearest = [_nearest([_nodes(output) for output in outputs], index) for index in range(len(outputs))]
     for name, dtype in TYPES.items():
         turns = [[len(turn) for turn in getattr(output, name)] for output in outputs]
         rows = [np.array(list(chain.from_iterable(getattr(output, name))), dtype) for output in outputs]
-        likest = likest or [_likest(rows, index) for index in range(len(rows))]
         shared = [
             (other, _shared(rows[other], row) if other < index else 0)
-            for index, (other, row) in enumerate(zip(likest, rows))
+            for index, (other, row) in enumerate(zip(nearest, rows, strict=True))
         ]
         own = np.concatenate([row[count:] for row, (_, count) in zip(rows, shared)])
         columns[name] = {'turns': turns, 'shared': shared, 'values': _to_text(own)}
@@ -128,9 +127,19 @@ def _answer(output: dict[str, Any]) -> dict[str, Any]:
     return {'role': 'assistant', 'content': output['response']['choices'][0]['message']['content']}
 
 
-def _likest(rows: Sequence[np.ndarray], index: int) -> int:
-    """Which earlier row has the longest common beginning with row `index`; `index` itself where there is none."""
-    return max(range(index), key=lambda other: _shared(rows[other], rows[index]), default=index)
+def _nodes(output: RolloutOutput) -> list[int]:
+    """Ids of the segments of a trajectory, none where it is not from a tree."""
+    return list(output.rollout_infos.get(REPORT_KEY, {}).get('nodes', []))
+
+
+def _nearest(paths: Sequence[Sequence[int]], index: int) -> int:
+    """Which earlier path has the most nodes in common with path `index`; `index` itself where none has any."""
+
+    def common(other: int) -> int:
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(paths[other], paths[index])))
+
+    best = max(range(index), key=common, default=index)
+    return best if best < index and common(best) else index
 
 
 def _shared(one: np.ndarray, other: np.ndarray) -> int:
@@ -142,7 +151,7 @@ def _shared(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def _unpack(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    outputs = tree['outputs']
+    outputs: list[dict[str, Any]] = tree['outputs']
     for output in outputs:
         output['messages'] = tree['messages'] + output.get('messages', [_answer(output)])
     for name, dtype in TYPES.items():

@@ -214,7 +214,7 @@ def _boxed(config: TreeConfig) -> BoxedDetector:
 
 @answer_detectors.register('tags')
 def _tags(config: TreeConfig) -> TagDetector:
-    return TagDetector(*config.answer_tags)
+    return TagDetector(*config.stop.answer.tags)
 
 
 @answer_detectors.register('none')

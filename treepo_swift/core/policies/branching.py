@@ -1,11 +1,12 @@
-"""How many branches a tree may have at a segment boundary, and how its live paths share them."""
+"""How the branches of a segment boundary are spread over the live paths."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 from treepo_swift.config import TreeConfig
@@ -26,7 +27,8 @@ class BranchContext:
     @property
     def temperature(self) -> float:
         """The softmax temperature at this point of the training."""
-        return scheduled(self.config.branch_temperature, self.config.branch_schedule, self.progress)
+        branching = self.config.branching
+        return scheduled(branching.temperature, branching.schedule, self.progress)
 
 
 class BranchingPolicy(Protocol):
@@ -37,28 +39,36 @@ class BranchingPolicy(Protocol):
 branching_policies: Registry[BranchingPolicy] = Registry('branching policy')
 
 
-@branching_policies.register('even')
+def register_branching(name: str) -> Callable[[BranchingPolicy], BranchingPolicy]:
+    """Decorator: make a `BranchingPolicy` available as ``branching: <name>``."""
+    return branching_policies.register(name)
+
+
+@register_branching('even')
 def even(live: Sequence[Path], total: int, context: BranchContext) -> list[int]:
     """The same number for every path; what is left over goes to paths drawn by a seeded shuffle."""
-    return share_out([1.0] * len(live), total, context.rng)
+    return split_branches([1.0] * len(live), total, context.rng)
 
 
-@branching_policies.register('logprob')
+@register_branching('logprob')
 def logprob(live: Sequence[Path], total: int, context: BranchContext) -> list[int]:
     """By a softmax over each path's log-prob score (arXiv 2508.17445, section 4.4)."""
-    scores = [path_score(path, context.config.branch_score) for path in live]
-    return share_out(softmax(scores, context), total, context.rng)
+    scores = [path_score(path, context.config.branching.score) for path in live]
+    return split_branches(softmax(scores, context), total, context.rng)
 
 
-@branching_policies.register('entropy')
+@register_branching('entropy')
 def entropy(live: Sequence[Path], total: int, context: BranchContext) -> list[int]:
     """By a softmax over the mean token entropy of each path's last segment; high entropy is low certainty."""
     lasts = [last_segment(path) for path in live]
-    if any(node.entropies is None for nodes in lasts for node in nodes):
-        raise ValueError('branching: entropy needs an engine that returns top-k log-probs, and this one does not.')
-    values = [[value for node in nodes for value in node.entropies] for nodes in lasts]
+    values = []
+    for nodes in lasts:
+        entropies = [node.entropies for node in nodes if node.entropies is not None]
+        if len(entropies) < len(nodes):
+            raise ValueError('branching: entropy needs an engine that returns top-k log-probs, and this one does not.')
+        values.append([*chain.from_iterable(entropies)])
     scores = [-math.fsum(entropies) / max(len(entropies), 1) for entropies in values]
-    return share_out(softmax(scores, context), total, context.rng)
+    return split_branches(softmax(scores, context), total, context.rng)
 
 
 def path_score(path: Path, kind: str) -> float:
@@ -72,8 +82,8 @@ def last_segment(path: Path) -> list[Node]:
     """The parts of what was sampled last, before what an environment may have said to it; empty where nothing was."""
     node = path.leaf
     while not node.sampled:
-        node = node.parent
-    parts = []
+        node = node.above
+    parts: list[Node] = []
     while node.parent is not None and node.sampled and node.depth == (parts or [node])[0].depth:
         parts.append(node)
         node = node.parent
@@ -82,7 +92,7 @@ def last_segment(path: Path) -> list[Node]:
 
 def softmax(scores: Sequence[float], context: BranchContext) -> list[float]:
     """Weights that favour low or high scores as the config says; they sum to 1."""
-    sign = -1.0 if context.config.branch_favour == 'low' else 1.0
+    sign = -1.0 if context.config.branching.favour == 'low' else 1.0
     scaled = [sign * score / context.temperature for score in scores]
     top = max(scaled)
     weights = [math.exp(value - top) for value in scaled]
@@ -90,7 +100,7 @@ def softmax(scores: Sequence[float], context: BranchContext) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def share_out(weights: Sequence[float], total: int, rng: random.Random) -> list[int]:
+def split_branches(weights: Sequence[float], total: int, rng: random.Random) -> list[int]:
     """One for each, and the rest in proportion to `weights` by largest remainder; ties are drawn."""
     spare = total - len(weights)
     scale = spare / sum(weights)
@@ -122,60 +132,3 @@ def scheduled(value: float | tuple[float, float], schedule: str, progress: float
 def may_fork(node: Node, config: TreeConfig) -> bool:
     """Whether `fork_at` lets paths fork at the end of `node`; at the root they always may."""
     return node.parent is None or config.fork_at == 'both' or (config.fork_at == 'turn') == node.begins_turn
-
-
-def next_width(*, live: int, finished: int, ended: int, width: int, divergence: int) -> int:
-    """Paths that grow after a boundary: ``max(a, min(W - f, d*a + d*e))``.
-
-    `live` (a) paths go on, `finished` (f) trajectories are in, `ended` (e) of the paths stopped since the last
-    boundary: the ``d*e`` term hands their unused budget to the live ones (budget transfer, arXiv 2508.17445).
-    """
-    return max(live, min(width - finished, divergence * live + divergence * ended))
-
-
-def paced_width(config: TreeConfig, *, width: int, depth: int, first: int, last: int | None = None) -> int:
-    """Most paths, finished ones included, that may exist while segments of `depth` (1 to `last`: D) grow.
-
-    `first` is the number of branches that the root gave. Where only turns fork, `depth` counts turns.
-    """
-    last = last or config.max_depth
-    if config.pacing == 'eager':
-        return width
-    if config.pacing == 'even':
-        if depth >= last:
-            return width
-        return first + round((width - first) * (depth - 1) / (last - 1))
-    reached = [paths for start, paths in config.pacing if start <= depth]
-    return min(width, reached[-1]) if reached else width
-
-
-def most_leaves(config: TreeConfig, *, paths: int, finished: int, width: int, depth: int) -> int:
-    """Trajectories that `paths` live ones of `depth` segments can at most make where none of them ends early."""
-    divergence = config.divergence[1] if isinstance(config.divergence, tuple) else config.divergence
-    for level in range(depth + 2, config.max_depth + 1):
-        cap = paced_width(config, width=width, depth=level, first=width)
-        paths = next_width(live=paths, finished=finished, ended=0, width=cap, divergence=divergence)
-    return paths
-
-
-def expected_saving(config: TreeConfig, width: int) -> float:
-    """Share of the decoded tokens that trees of full-length paths save against independent sampling.
-
-    An estimate for the log before training starts: no path stops early and none fails. Trajectories that pacing
-    leaves out are grown from the root by fallback.
-    """
-    low, high = config.root_divergence if isinstance(config.root_divergence, tuple) else (config.root_divergence,) * 2
-    savings = [_saving_from(config, width, min(first, width)) for first in range(low, high + 1)]
-    return sum(savings) / len(savings)
-
-
-def _saving_from(config: TreeConfig, width: int, first: int) -> float:
-    divergence = config.divergence
-    d = sum(divergence) / 2 if isinstance(divergence, tuple) else divergence
-    paths: float = min(first, paced_width(config, width=width, depth=1, first=first))
-    segments = paths
-    for depth in range(2, config.max_depth + 1):
-        paths = max(paths, min(paced_width(config, width=width, depth=depth, first=first), d * paths))
-        segments += paths
-    segments += (width - paths) * config.max_depth if config.fallback != 'none' else 0
-    return 1 - segments / (width * config.max_depth)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,9 @@ REASONS = {
     'finished': (StopReason.ANSWER, StopReason.EOS, StopReason.STOP_STRING, StopReason.HOOK),
 }
 """Paths that came to an end of their own show a prefix worth another try."""
+
+WITHOUT_CUT = ('root', 'none')
+"""Values of `fallback` that name no cut policy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,38 +45,46 @@ class CutPolicy(Protocol):
 cut_policies: Registry[CutPolicy] = Registry('fallback')
 
 
-@cut_policies.register('random_segment')
+def register_fallback(name: str) -> Callable[[CutPolicy], CutPolicy]:
+    """Decorator: make a `CutPolicy` available as ``fallback: <name>``."""
+    if name in WITHOUT_CUT:
+        raise ValueError(f'fallback {name!r} cuts nothing, so no cut policy can have this name: choose another.')
+    return cut_policies.register(name)
+
+
+@register_fallback('random_segment')
 def random_segment(path: Path, context: CutContext) -> int:
     """One of the segment boundaries, each as likely as the others (the paper's)."""
     return context.rng.choice(context.boundaries)
 
 
-@cut_policies.register('random_token')
+@register_fallback('random_token')
 def random_token(path: Path, context: CutContext) -> int:
     """Anywhere, each token as likely as the others."""
     return context.rng.randint(context.low, context.high)
 
 
-@cut_policies.register('random_block')
+@register_fallback('random_block')
 def random_block(path: Path, context: CutContext) -> int:
-    """A multiple of `fallback_block`: misaligned where that is not a multiple of the segment length."""
-    block = context.config.fallback_block
+    """A multiple of `block`: misaligned where that is not a multiple of the segment length."""
+    block = context.config.fallback.block
     first = -(-context.low // block) * block
     return context.rng.choice(range(first, context.high + 1, block) or [context.low])
 
 
-@cut_policies.register('min_logprob_token')
+@register_fallback('min_logprob_token')
 def min_logprob_token(path: Path, context: CutContext) -> int:
     """Before the least probable token, which is sampled anew."""
     logprobs = _logprobs_by_position(path)
-    sampled = [position for position in range(context.low, context.high + 1) if logprobs[position] is not None]
-    return min(sampled, key=logprobs.__getitem__, default=context.low)
+    span = enumerate(logprobs[context.low : context.high + 1], context.low)
+    sampled = [(value, position) for position, value in span if value is not None]
+    return min(sampled, default=(0.0, context.low))[1]
 
 
-@cut_policies.register('logprob_block')
+@register_fallback('logprob_block')
 def logprob_block(path: Path, context: CutContext) -> int:
-    """The beginning of a block of `fallback_block` tokens, drawn by a softmax over the blocks' mean log-probs."""
-    logprobs, block = _logprobs_by_position(path), context.config.fallback_block
+    """The beginning of a block of `block` tokens, drawn by a softmax over the blocks' mean log-probs."""
+    logprobs, block = _logprobs_by_position(path), context.config.fallback.block
     starts, means = [], []
     for start in range(context.low, context.high + 1, block):
         known = [value for value in logprobs[start : start + block] if value is not None]
@@ -82,19 +93,19 @@ def logprob_block(path: Path, context: CutContext) -> int:
             means.append(math.fsum(known) / len(known))
     if not starts:
         return context.low
-    sign = -1.0 if context.config.fallback_favour == 'low' else 1.0
+    sign = -1.0 if context.config.fallback.favour == 'low' else 1.0
     top = max(sign * mean for mean in means)
     return context.rng.choices(starts, [math.exp(sign * mean - top) for mean in means])[0]
 
 
 def candidates(trajectories: Sequence[Path], config: TreeConfig, rng: random.Random) -> list[int]:
     """Indices of the trajectories that may be cut, in the order in which they are."""
-    chosen = [i for i, path in enumerate(trajectories) if path.leaf.length > 0 and not path.stop.is_placeholder]
-    if config.fallback_candidates in REASONS:
-        chosen = [i for i in chosen if trajectories[i].stop in REASONS[config.fallback_candidates]]
+    chosen = [i for i, path in enumerate(trajectories) if path.leaf.length > 0 and not path.is_placeholder]
+    if config.fallback.candidates in REASONS:
+        chosen = [i for i in chosen if trajectories[i].stop in REASONS[config.fallback.candidates]]
     rng.shuffle(chosen)
-    if config.fallback_candidates == 'best_reason_first':
-        order = list(StopReason)
+    if config.fallback.candidates == 'best_reason_first':
+        order: list[StopReason | None] = [*StopReason]
         chosen.sort(key=lambda i: order.index(trajectories[i].stop))
     return chosen
 
@@ -109,8 +120,8 @@ def cut_context(path: Path, config: TreeConfig, rng: random.Random) -> CutContex
     ]
     high = leaf.length - 1 if _may_grow(leaf, config) else allowed[-1]
     low = 0
-    if config.fallback_window:
-        low = max(node.length for node in nodes if node.depth <= max(leaf.depth - config.fallback_window, 0))
+    if config.fallback.window:
+        low = max(node.length for node in nodes if node.depth <= max(leaf.depth - config.fallback.window, 0))
         low = min(low, allowed[-1])
     return CutContext(config, rng, low, high, [length for length in allowed if length >= low])
 
@@ -131,7 +142,7 @@ def next_start(path: Path, position: int, config: TreeConfig) -> int:
 
 def _from_root(path: Path) -> list[Node]:
     nodes = path.leaf.lineage()
-    return [nodes[0].parent, *nodes]
+    return [nodes[0].above, *nodes]
 
 
 def _may_grow(node: Node, config: TreeConfig) -> bool:

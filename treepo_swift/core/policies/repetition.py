@@ -35,7 +35,8 @@ class RepetitionState:
 
     def lineage(self) -> list[RepetitionState]:
         """The pieces from the start of the text to this one."""
-        pieces, state = [], self
+        pieces: list[RepetitionState] = []
+        state: RepetitionState | None = self
         while state is not None:
             pieces.append(state)
             state = state.parent
@@ -119,14 +120,14 @@ def _window_hashes(text: str, length: int) -> np.ndarray:
     prime = np.uint64(_PRIME)
 
     def joined(left: np.ndarray, right: np.ndarray, right_size: int) -> np.ndarray:
-        return (left[: len(right)] * _power(right_size) + right[: len(left)]) % prime
+        return np.asarray((left[: len(right)] * _power(right_size) + right[: len(left)]) % prime)
 
     # `part` hashes windows of `size`, a power of two; `result` those of the bits of `length` that are done.
     part, size = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32).astype(np.uint64), 1
-    result, result_size = None, 0
+    result, result_size = part, 0
     while True:
         if length & size:
-            result = part if result is None else joined(part, result[size:], result_size)
+            result = joined(part, result[size:], result_size) if result_size else part
             result_size += size
         if result_size == length:
             return result

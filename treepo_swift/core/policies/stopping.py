@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 from treepo_swift.config import ConfigError, TreeConfig
+from treepo_swift.config.sections import LoopRepetition, NoAnswer, WindowRepetition
 from treepo_swift.core.tree import Path, StopReason
 
 from .answers import NeverDetector, answer_detectors, has_boxed_answer
-from .repetition import RepetitionDetector, RepetitionState, has_repetition
+from .loops import LoopDetector
+from .repetition import RepetitionDetector, has_repetition
 
 __all__ = [
     'TextChecker',
@@ -31,18 +33,44 @@ class TextState:
 
     answer_state: Any
     """The answer detector's."""
-    repetition_state: RepetitionState | None
+    repetition_state: Any
     """None where repetition is not looked for."""
 
     @property
     def answer(self) -> bool:
         """Whether the text holds an answer."""
-        return self.answer_state.found
+        return bool(self.answer_state.found)
 
     @property
     def repetition(self) -> bool:
         """Whether the text repeats itself."""
         return self.repetition_state is not None and self.repetition_state.found
+
+
+class RepetitionRule(Protocol):
+    """Looks for repetition in a text that arrives in pieces, on immutable states that forks share."""
+
+    def start(self) -> Any:
+        """The state before any text; `found` says whether the text repeats itself."""
+
+    def feed(self, state: Any, text: str) -> Any:
+        """The state after `text` has followed what led to `state`, which itself stays as it is."""
+
+
+def repetition_detector(config: TreeConfig) -> RepetitionRule | None:
+    """What looks for the repetition that `config` names, None for none."""
+    rule = config.stop.repetition
+    if isinstance(rule, LoopRepetition):
+        near = rule.near_characters or None
+        return LoopDetector(repeats=rule.repeats, characters=rule.characters, near_characters=near)
+    if isinstance(rule, WindowRepetition):
+        return RepetitionDetector(rule.length, rule.count)
+    return None
+
+
+def needs_eos(config: TreeConfig) -> bool:
+    """Whether an answer counts only where EOS follows it."""
+    return not isinstance(config.stop.answer, NoAnswer) and config.stop.answer.needs_eos
 
 
 class TextChecker:
@@ -52,14 +80,13 @@ class TextChecker:
     """
 
     def __init__(self, config: TreeConfig) -> None:
+        name = config.stop.answer.detector
         try:
-            make = answer_detectors[config.answer]
+            make = answer_detectors[name]
         except ValueError as e:
-            raise ConfigError(f'answer={config.answer!r}: {e} `register_answer` adds your own.') from None
+            raise ConfigError(f'stop.answer.detector={name!r}: {e} `register_answer` adds your own.') from None
         self.answers = make(config)
-        self.repetitions = (
-            RepetitionDetector(config.repetition_length, config.repetition_count) if config.stop_at_repetition else None
-        )
+        self.repetitions = repetition_detector(config)
 
     @property
     def reads_text(self) -> bool:
@@ -84,12 +111,12 @@ def _ranks(stop_order: tuple[str, ...]) -> dict[StopReason, int]:
 
 def first_reason(reasons: Iterable[StopReason], config: TreeConfig) -> StopReason | None:
     """The one that counts of several stop reasons that hold at once, None where there is none."""
-    return min(reasons, key=_ranks(config.stop_order).__getitem__, default=None)
+    return min(reasons, key=_ranks(config.stop.order).__getitem__, default=None)
 
 
 def text_verdict(state: TextState, path: Path, config: TreeConfig) -> StopReason | None:
     """Why a path should stop by what its text checks know, None where it should not."""
-    answered = state.answer and (path.stop is StopReason.EOS or not config.answer_needs_eos)
+    answered = state.answer and (path.stop is StopReason.EOS or not needs_eos(config))
     reasons = ([StopReason.ANSWER] if answered else []) + ([StopReason.REPETITION] if state.repetition else [])
     return first_reason(reasons, config)
 
@@ -97,7 +124,7 @@ def text_verdict(state: TextState, path: Path, config: TreeConfig) -> StopReason
 def check_text(text: str, config: TreeConfig) -> StopReason | None:
     """Whether a whole response holds an answer (which comes first) or repeats itself.
 
-    `answer_needs_eos` and `stop_order` are the search's to apply: they depend on more than the text.
+    `stop.answer.needs_eos` and `stop.order` are the search's to apply: they depend on more than the text.
     """
     checker = TextChecker(config)
     state = checker.feed(checker.start(), text)

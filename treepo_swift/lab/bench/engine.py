@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
-import os
-import platform
 import random
-import sys
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from statistics import median
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -24,6 +16,8 @@ from treepo_swift.server.vllm_engine import VllmSegmentEngine
 from treepo_swift.wire.note import RequestNote
 from treepo_swift.wire.report import REPORT_KEY, EngineCounters
 
+from .example import load_example
+from .result import Run, result
 from .workload import EndingEngine, Workload
 
 if TYPE_CHECKING:
@@ -32,36 +26,6 @@ if TYPE_CHECKING:
 
 MODES = ('independent', 'lockstep', 'stream', 'example')
 SAMPLE_SECONDS = 0.1
-
-
-@dataclass(frozen=True)
-class Run:
-    """One rollout of the whole workload. Tokens are sampled tokens where nothing else is said."""
-
-    seconds: float
-    trajectory_tokens: int
-    decoded_tokens: int
-    requests: int
-    """Engine requests."""
-    prefilled_tokens: int
-    """Input tokens that were not found in the prefix cache, by vLLM's counters."""
-    prefix_hit_rate: float
-    preemptions: int
-    peak_rss_mib: float
-    """Of this process, which runs the scheduler and vLLM's front end."""
-    peak_kv_usage: float
-    """Share of the KV cache."""
-    tail_seconds: float
-    """At the end, with less than half as many running sequences as at the peak."""
-    lengths: tuple[int, ...]
-    scheduler_cpu_seconds: float = 0.0
-    """Of our own scheduler; only of trees, as the next three."""
-    evicted_tokens: int = 0
-    """Of prefixes that were computed before and had to be computed again."""
-    depths: tuple[int, ...] = ()
-    """Depth of every trajectory."""
-    fallback_depths: tuple[int, ...] = ()
-    """Of those that fallback started."""
 
 
 class Bench:
@@ -77,11 +41,11 @@ class Bench:
         if workload.kind != 'natural':
             ignore_eos(engine)
         self._segments = VllmSegmentEngine(engine)
-        ending = self._segments
+        ending: Any = self._segments
         if workload.lengths is not None:
             ending = EndingEngine(self._segments, workload.lengths, random.Random(0), workload.max_tokens)
         self._trees = TreeRolloutScheduler(segment_engine=ending, tokenizer=engine.tokenizer)
-        self._example = _load_example(example, engine, workload) if example else None
+        self._example = load_example(example, engine, workload) if example else None
         if self._example:
             self._count_requests()
 
@@ -109,8 +73,8 @@ class Bench:
     async def run(self, mode: str) -> Run:
         modes: dict[str, Callable[[], Awaitable[Run]]] = {
             'independent': self._independent,
-            'lockstep': lambda: self._grow('lockstep'),
-            'stream': lambda: self._grow('stream'),
+            'lockstep': lambda: self._grow(by_segment=True),
+            'stream': lambda: self._grow(by_segment=False),
             'example': self._run_example,
         }
         return await modes[mode]()
@@ -151,13 +115,14 @@ class Bench:
         lengths = tuple(len(choice.token_ids) for choice in choices)
         return seen.run(lengths=lengths, decoded_tokens=sum(lengths), requests=len(requests))
 
-    async def _grow(self, schedule: str) -> Run:
+    async def _grow(self, *, by_segment: bool) -> Run:
         requests = self._requests(self._workload.width)
-        note = RequestNote(config=replace(self._workload.config, schedule=schedule).to_dict()).to_dict()
+        note = RequestNote(config=self._workload.config.to_note()).to_dict()
+        self._trees.by_segment = by_segment
         for request in requests:
             request.data_dict = {'treepo': note}
         async with self._measured() as seen:
-            outputs = await self._trees.rollout(
+            outputs: Any = await self._trees.rollout(
                 requests, self._request_config(self._workload.max_tokens), use_tqdm=False
             )
         reports = [output.rollout_infos[REPORT_KEY] for output in outputs]
@@ -197,7 +162,7 @@ class Bench:
     @asynccontextmanager
     async def _measured(self) -> AsyncIterator[_Seen]:
         await self._engine.engine.reset_prefix_cache()
-        seen = _Seen(before=self._segments.counters())
+        seen = _Seen(before=self._counters())
         watcher = asyncio.ensure_future(seen.watch())
         started = time.perf_counter()
         try:
@@ -207,7 +172,13 @@ class Bench:
             watcher.cancel()
         # vLLM counts a step after it has handed out the step's tokens.
         await asyncio.sleep(SAMPLE_SECONDS)
-        seen.counted = self._segments.counters().since(seen.before)
+        seen.counted = self._counters().since(seen.before)
+
+    def _counters(self) -> EngineCounters:
+        counters = self._segments.counters()
+        if counters is None:
+            raise ValueError('The engine counts nothing: it needs disable_log_stats=False.')
+        return counters
 
 
 @dataclass
@@ -215,7 +186,7 @@ class _Seen:
     """What was watched while a rollout ran."""
 
     before: EngineCounters
-    counted: EngineCounters | None = None
+    counted: EngineCounters = field(init=False)
     seconds: float = 0.0
     peak_rss_mib: float = 0.0
     peak_kv_usage: float = 0.0
@@ -288,70 +259,9 @@ def measure(bench: Bench, modes: Sequence[str], repeats: int) -> dict[str, Any]:
                     bar.set_postfix_str(mode)
                     runs[mode].append(await bench.run(mode))
                     bar.update()
-        return result(bench, runs, await bench.prompt_tokens())
+        return result({**bench.settings, 'prompt_tokens': await bench.prompt_tokens()}, runs)
 
     return asyncio.run(all_runs())
-
-
-def result(bench: Bench, runs: dict[str, list[Run]], prompt_tokens: float) -> dict[str, Any]:
-    """Everything a reader needs, as JSON can carry it. Each figure is the median of its mode's runs."""
-    modes = {mode: _summary(done) for mode, done in runs.items()}
-    baseline = modes.get('independent')
-    for summary in modes.values():
-        if baseline:
-            summary['speed_up'] = summary['trajectories_per_second'] / baseline['trajectories_per_second']
-            # What the saved tokens allow: a tree that decodes half the tokens may be twice as fast.
-            bound = baseline['decoded_tokens_per_trajectory'] / summary['decoded_tokens_per_trajectory']
-            summary['speed_up_of_bound'] = summary['speed_up'] / bound
-    lengths = runs.get('independent') or next(iter(runs.values()))
-    return {
-        'hardware': hardware(),
-        'settings': {**bench.settings, 'prompt_tokens': prompt_tokens},
-        'lengths': list(lengths[0].lengths),
-        'modes': modes,
-    }
-
-
-def _summary(runs: list[Run]) -> dict[str, Any]:
-    count = len(runs[0].lengths)
-    seconds = [run.seconds for run in runs]
-
-    def mid(value: Callable[[Run], float]) -> float:
-        return median(map(value, runs))
-
-    return {
-        'seconds': {'median': median(seconds), 'min': min(seconds), 'max': max(seconds), 'all': seconds},
-        'trajectories_per_second': mid(lambda r: count / r.seconds),
-        'decoded_tokens_per_second': mid(lambda r: r.decoded_tokens / r.seconds),
-        'trajectory_tokens_per_second': mid(lambda r: r.trajectory_tokens / r.seconds),
-        'trajectory_tokens_per_trajectory': mid(lambda r: r.trajectory_tokens / count),
-        'decoded_tokens_per_trajectory': mid(lambda r: r.decoded_tokens / count),
-        'prefilled_tokens_per_trajectory': mid(lambda r: r.prefilled_tokens / count),
-        'requests_per_trajectory': mid(lambda r: r.requests / count),
-        'prefix_hit_rate': mid(lambda r: r.prefix_hit_rate),
-        'evicted_tokens_per_trajectory': mid(lambda r: r.evicted_tokens / count),
-        'preemptions': mid(lambda r: r.preemptions),
-        'scheduler_cpu_share': mid(lambda r: r.scheduler_cpu_seconds / r.seconds),
-        'peak_rss_mib': max(r.peak_rss_mib for r in runs),
-        'peak_kv_usage': max(r.peak_kv_usage for r in runs),
-        'tail_share': mid(lambda r: r.tail_seconds / r.seconds),
-        'depths': _counts(depth for run in runs for depth in run.depths),
-        'fallback_depths': _counts(depth for run in runs for depth in run.fallback_depths),
-    }
-
-
-def _counts(values: Iterable[int]) -> dict[str, int]:
-    return {str(value): count for value, count in sorted(Counter(values).items())}
-
-
-def hardware() -> str:
-    """What this ran on, in a few words."""
-    import torch
-
-    if torch.accelerator.is_available():
-        return f'{torch.accelerator.device_count()} x {torch.cuda.get_device_name()}'
-    cores = len(os.sched_getaffinity(0))
-    return f'{cores} x {platform.machine()} CPU cores'
 
 
 def ignore_eos(engine: GRPOVllmEngine) -> None:
@@ -365,40 +275,3 @@ def ignore_eos(engine: GRPOVllmEngine) -> None:
 
     engine._prepare_generation_config = prepare
     engine._add_stop_words = lambda *args: None
-
-
-def _load_example(path: str, engine: GRPOVllmEngine, workload: Workload) -> Any:
-    """The scheduler of ms-swift's ``examples/train/grpo/plugin/treepo``, set as our trees are.
-
-    Its file does not import on ms-swift 4.6.0 (`swift.rewards` has no `MultiTurnScheduler` any more): the names
-    that it asks for are lent to it while it loads.
-    """
-    import swift.rewards
-    import swift.rollout
-
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f'--example {path}: no such file.')
-    lent = [name for name in ('MultiTurnScheduler', 'multi_turns') if not hasattr(swift.rewards, name)]
-    for name in lent:
-        setattr(swift.rewards, name, getattr(swift.rollout, name, None) or getattr(swift.rollout.multi_turn, name))
-    sys.path.insert(0, str(file.parent))
-    try:
-        module: ModuleType = importlib.import_module(file.stem)
-    finally:
-        sys.path.remove(str(file.parent))
-        for name in lent:
-            delattr(swift.rewards, name)
-    config = workload.config
-    scheduler = module.TreeRolloutScheduler(engine, config.max_depth)
-    scheduler.max_tree_width = workload.width
-    scheduler.max_tree_deep = config.max_depth
-    scheduler.root_divergence = _single('root_divergence', config.root_divergence)
-    scheduler.max_divergence = _single('divergence', config.divergence)
-    return scheduler
-
-
-def _single(name: str, value: int | tuple[int, int]) -> int:
-    if isinstance(value, tuple):
-        raise ValueError(f"{name}={list(value)}: ms-swift's example takes one number.")
-    return value

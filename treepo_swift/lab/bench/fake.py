@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import cProfile
 import json
-import pstats
 import string
 import time
 from collections import Counter
@@ -18,7 +17,7 @@ import numpy as np
 
 from treepo_swift.config import TreeConfig
 from treepo_swift.core.messages import Segment
-from treepo_swift.server.engine import EngineInfo, Place, Prompt
+from treepo_swift.server.engine import EngineInfo, Placement, Prompt
 from treepo_swift.server.outputs import RolloutFailure
 from treepo_swift.wire.note import RequestNote
 from treepo_swift.wire.packing import unpack
@@ -60,7 +59,7 @@ class FreeEngine:
         max_tokens: int,
         segment_tokens: int,
         seed: int | None,
-        place: Place,
+        placement: Placement,
     ) -> AsyncGenerator[Segment, None]:
         while max_tokens:
             await asyncio.sleep(0)
@@ -77,7 +76,10 @@ class FreeEngine:
     def decode(self, token_ids: Sequence[int]) -> str:
         return ''.join(map(self._words.__getitem__, token_ids))
 
-    def completion(self, prompt: Prompt, response_ids: list[int]) -> str:
+    async def score(self, token_ids: list[int]) -> list[float]:
+        raise NotImplementedError('The free engine has no model.')
+
+    def completion(self, prompt: Prompt, response_ids: list[int], *, first: bool = True) -> str:
         return self.decode(response_ids)
 
 
@@ -141,7 +143,8 @@ def profile(config: TreeConfig, *, prompts: int, width: int) -> list[dict[str, A
     rollout(config, prompts, width, packed=True)
     profiler.disable()
     spent: Counter[str] = Counter()
-    for (file, _, _), (_, _, own, _, _) in pstats.Stats(profiler).stats.items():
+    profiler.create_stats()
+    for (file, _, _), (_, _, own, _, _) in profiler.stats.items():
         spent[_place(file)] += own
     total = sum(spent.values())
     return [{'where': name, 'share': f'{own / total:.0%}'} for name, own in spent.most_common() if own >= 0.01 * total]

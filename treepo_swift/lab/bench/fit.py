@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from treepo_swift.config import TreeConfig
 from treepo_swift.lab.simulation import EngineModel
-from treepo_swift.server.engine import Place, Prompt
+from treepo_swift.server.engine import Placement, Prompt
 from treepo_swift.server.vllm_engine import VllmSegmentEngine
 
 from . import fake
-from .engine import hardware, ignore_eos
+from .engine import ignore_eos
+from .result import hardware
 
 if TYPE_CHECKING:
     from swift.infer_engine import GRPOVllmEngine
@@ -121,7 +122,7 @@ class _Fit:
 
     async def _decode(self, prompt: Prompt, steps: int) -> None:
         async for _ in self._segments.generate(
-            prompt, [], max_tokens=steps, segment_tokens=steps, seed=None, place=Place()
+            prompt, [], max_tokens=steps, segment_tokens=steps, seed=None, placement=Placement()
         ):
             pass
 

@@ -8,6 +8,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from heapq import heappop, heappush
 
+from treepo_swift.config.sections import SegmentTokensBudget
 from treepo_swift.core.messages import Limits
 from treepo_swift.core.search import TreeSearch
 from treepo_swift.server.admission import KV_SHARE
@@ -30,6 +31,7 @@ def plant(setup: Setup, number: int, *, age: int = 0, rank: int = 0) -> GrowingT
         width=setup.width,
         limits=Limits(setup.max_response, setup.prompt_tokens + setup.max_response),
         rng=random.Random(f'{setup.seed}:{number}'),
+        by_segment=setup.schedule == 'lockstep',
     )
     return GrowingTree(search, setup.lengths, age=age, rank=rank)
 
@@ -73,7 +75,7 @@ class SimulatedServer:
         self._model = model
         self._line = deque(numbers)
         self._places = places
-        self._first_share = setup.config.budget_tokens // len(numbers)
+        self._first_allowance = self._allowance(len(numbers))
         self._trees = [0] * setup.data_parallel
         self._entered = 0
         # Trees that share a budget per depth and wait for each other there, in the order in which they came.
@@ -142,7 +144,7 @@ class SimulatedServer:
             tree = plant(self._setup, self._line.popleft(), age=self._entered, rank=rank)
             self._entered += 1
             self._trees[rank] += 1
-            requests += tree.start(self._first_share)
+            requests += tree.start(self._first_allowance)
             self._look_at(tree, now)
         return requests
 
@@ -152,9 +154,14 @@ class SimulatedServer:
         while self._meeting and len(self._meeting) == sum(self._trees):
             trees, self._meeting = self._meeting, {}
             for tree in trees:
-                requests += tree.resume(self._setup.config.budget_tokens // len(trees))
+                requests += tree.resume(self._allowance(len(trees)))
                 self._look_at(tree, now)
         return requests
+
+    def _allowance(self, trees: int) -> int:
+        """A tree's tokens of a depth, where `trees` share those; 0 where they do not."""
+        budget = self._setup.config.budget
+        return budget.tokens // trees if isinstance(budget, SegmentTokensBudget) else 0
 
     def _look_at(self, tree: GrowingTree, now: float) -> None:
         if tree.search.waiting:
@@ -165,7 +172,7 @@ class SimulatedServer:
         self._trees[tree.rank] -= 1
         self.latencies.append(now)
         grown = tree.search.tree
-        self.trajectories += sum(not path.stop.is_placeholder for path in grown.trajectories)
+        self.trajectories += sum(not path.is_placeholder for path in grown.trajectories)
         self.decoded_tokens += grown.stats.decoded_tokens
         self.trajectory_tokens += grown.stats.trajectory_tokens
         self.requests += grown.stats.engine_requests

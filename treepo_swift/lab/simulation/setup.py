@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from treepo_swift.config import TreeConfig
@@ -17,7 +17,7 @@ class Setup:
 
     config: TreeConfig
     schedule: str
-    """`stream` or `lockstep`, which goes before the config's own, or `independent`: every answer is one request."""
+    """`stream` (a path is a request), `lockstep` (a segment is one), or `independent`: every answer is one request."""
     prompts: int
     width: int
     """Trajectories of a prompt."""
@@ -58,5 +58,5 @@ class Setup:
     def tree_config(self) -> TreeConfig:
         """What a tree grows by. Independent answers are a tree of one segment that forks at the root only."""
         if self.schedule != 'independent':
-            return replace(self.config, schedule=self.schedule)
+            return self.config
         return TreeConfig(segment_length=self.max_response, max_depth=1, root_divergence=self.width)

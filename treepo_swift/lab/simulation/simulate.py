@@ -37,7 +37,7 @@ def simulate(model: EngineModel, setup: Setup) -> Result:
 
 def _places(model: EngineModel, setup: Setup) -> float:
     """Most trees of an engine at a time."""
-    waits = setup.admission and setup.schedule != 'independent' and setup.config.budget != 'by_segment_tokens'
+    waits = setup.admission and setup.schedule != 'independent' and setup.config.budget.policy != 'by_segment_tokens'
     if not waits or not model.kv_tokens:
         return math.inf
     return max(model.kv_tokens // expected_tokens(setup), 1)

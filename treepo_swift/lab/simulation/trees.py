@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 from treepo_swift.core.messages import Segment, SegmentRequest
 from treepo_swift.core.search import TreeSearch
@@ -15,8 +16,8 @@ from treepo_swift.lab.lengths import LengthDistribution
 
 
 @lru_cache(maxsize=1024)
-def _zeros(count: int) -> tuple[array[int], array[float]]:
-    """Token ids and log-probs of a segment, the same for all trees."""
+def _zeros(count: int) -> tuple[Any, Any]:
+    """Token ids and log-probs of a segment, the same for all trees: arrays, where an engine gives lists."""
     return array('i', bytes(4 * count)), array('f', bytes(4 * count))
 
 
@@ -82,11 +83,11 @@ class GrowingTree:
         self._lengths = lengths
         self._length_of: dict[int, int] = {}
 
-    def start(self, share: int | None) -> list[Request]:
-        return self._requests(self.search.start(share))
+    def start(self, allowance: int | None) -> list[Request]:
+        return self._requests(self.search.start(allowance))
 
-    def resume(self, share: int) -> list[Request]:
-        return self._requests(self.search.resume(share))
+    def resume(self, allowance: int) -> list[Request]:
+        return self._requests(self.search.resume(allowance))
 
     def report(self, request: Request, keep: Keep) -> list[Request]:
         """Put the complete segments of `request` into the tree; `keep` hears of each node."""

@@ -1,0 +1,389 @@
+"""The sections of `TreeConfig`: a class of settings for each choice, so that a knob exists only where it has effect."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Union, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Strict,
+    StringConstraints,
+    Tag,
+)
+
+REASONS = (
+    'answer',
+    'eos',
+    'stop_string',
+    'hook',
+    'repetition',
+    'token_limit',
+    'context_limit',
+    'depth_limit',
+)
+"""Names of the stop reasons that a path of its own can have (`core.tree.StopReason` without the placeholders)."""
+
+Flag = Annotated[bool, Strict()]
+Positive = Annotated[int, Strict(), Field(ge=1)]
+NotNegative = Annotated[int, Strict(), Field(ge=0)]
+Name = Annotated[str, StringConstraints(min_length=1)]
+Favour = Literal['low', 'high']
+
+
+def _sorted_pair(value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, int) for v in value):
+        if value[0] > value[1]:
+            raise ValueError('a pair [low, high] must have low <= high')
+    return value
+
+
+Count = Annotated[Positive | tuple[Positive, Positive], BeforeValidator(_sorted_pair)]
+"""A positive integer, or a pair [low, high] of which one is drawn."""
+Temperature = Annotated[float, Strict(), Field(ge=1e-6, le=1e6)]
+
+
+class Section(BaseModel):
+    """A part of the config. Frozen; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra='forbid', use_attribute_docstrings=True)
+
+
+def choice(key: str, default: str, *known: type[Section], custom: type[Section] | None = None) -> Any:
+    """A union of sections that their `key` tells apart; a plain string names one, and nothing the `default`.
+
+    Names that are not `known` are `custom`: users register their own, and which are is looked up when policies load.
+    """
+    names = {name: cls for cls in known for name in get_args(cls.model_fields[key].annotation)}
+
+    def named(value: Any) -> Any:
+        if isinstance(value, str):
+            return {key: value}
+        return {key: default, **value} if isinstance(value, dict) else value
+
+    def tag(value: Any) -> str | None:
+        name = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
+        cls = names.get(name, custom) if isinstance(name, str) else custom
+        return cls and cls.__name__
+
+    members = [Annotated[cls, Tag(cls.__name__)] for cls in (*known, *([custom] if custom else []))]
+    wrong = f'{key} must be one of {", ".join(names)}'
+    discriminator = Discriminator(tag, custom_error_type='unknown_choice', custom_error_message=wrong)
+    return Annotated[Union[tuple(members)], discriminator, BeforeValidator(named)]  # noqa: UP007
+
+
+def _own(key: str, *built_in: str) -> Any:
+    """The name of something that users registered: any that is not built in."""
+    return Field(json_schema_extra={'not': {'enum': list(built_in)}}, description=f'A `{key}` that you registered.')
+
+
+# Branching.
+
+
+class EvenBranching(Section):
+    """The same number of branches for every path; what is left over is drawn."""
+
+    policy: Literal['even']
+
+
+class _WeightedBranching(Section):
+    favour: Favour = 'low'
+    """Whether the less (`low`) or the more probable paths get more branches."""
+    temperature: Temperature | tuple[Temperature, Temperature] = 2.0
+    """Softmax temperature over the scores. A pair `[start, end]` moves over training (the paper: `[5, 1]`)."""
+    schedule: Literal['linear', 'cosine', 'sinusoid'] = 'linear'
+    """How a pair of temperatures moves from start to end."""
+
+
+class LogprobBranching(_WeightedBranching):
+    """By the log-probs of each path."""
+
+    policy: Literal['logprob']
+    score: Literal['sum', 'mean', 'last_segment'] = 'last_segment'
+    """The sum or the mean of a path's log-probs, or the mean over its last segment."""
+
+
+class EntropyBranching(_WeightedBranching):
+    """By the mean entropy of each path's last segment; high entropy is low certainty."""
+
+    policy: Literal['entropy']
+    top_k: Positive = 20
+    """Log-probs per token from which the entropy is estimated."""
+
+
+class CustomBranching(Section):
+    """A policy that you registered (`register_branching`)."""
+
+    policy: Name = _own('policy', 'even', 'logprob', 'entropy')
+    options: dict[str, Any] = {}
+    """What your policy reads as `context.config.branching.options`."""
+
+
+Branching = choice('policy', 'even', EvenBranching, LogprobBranching, EntropyBranching, custom=CustomBranching)
+
+# Budgets.
+
+
+class WidthBudget(Section):
+    """Nothing bounds the forks but the width."""
+
+    policy: Literal['by_width']
+
+
+class SegmentTokensBudget(Section):
+    """`tokens` for each depth of a server's batch, shared evenly by the prompts that still grow; they wait for each
+    other at each depth."""
+
+    policy: Literal['by_segment_tokens']
+    tokens: Positive
+    """Tokens of a depth of the batch."""
+
+
+class TrajectoryTokensBudget(Section):
+    """`tokens` for each prompt, the sum of its trajectories' lengths: paths that use it up stop, and what does not fit
+    becomes masked placeholders."""
+
+    policy: Literal['by_trajectory_tokens']
+    tokens: Positive
+    """Tokens of a prompt's trajectories."""
+
+
+Budget = choice('policy', 'by_width', WidthBudget, SegmentTokensBudget, TrajectoryTokensBudget)
+
+# Fallback.
+
+
+class _CuttingFallback(Section):
+    candidates: Literal['answer_or_eos', 'finished', 'best_reason_first', 'any'] = 'answer_or_eos'
+    """Paths that may be cut: those that ended with an answer or EOS; that ended by themselves in any way; all, best
+    stop reason first; or all in random order. Without a candidate the root branches."""
+    window: NotNegative = 0
+    """Cut at most so many segments before a path's end; 0: anywhere."""
+
+
+class SegmentFallback(_CuttingFallback):
+    """Cut at a segment boundary, each as likely as the others (the paper's)."""
+
+    policy: Literal['random_segment']
+
+
+class TokenFallback(_CuttingFallback):
+    """Cut anywhere (`random_token`), or before the least probable token (`min_logprob_token`)."""
+
+    policy: Literal['random_token', 'min_logprob_token']
+
+
+class BlockFallback(_CuttingFallback):
+    """Cut at a multiple of `block` tokens (the paper's "misaligned" ablation)."""
+
+    policy: Literal['random_block']
+    block: Positive = 128
+    """Tokens of a block."""
+
+
+class LogprobBlockFallback(_CuttingFallback):
+    """Cut at the beginning of a block, drawn by the blocks' mean log-probs."""
+
+    policy: Literal['logprob_block']
+    block: Positive = 128
+    """Tokens of a block."""
+    favour: Favour = 'low'
+    """Whether blocks of low or of high mean log-prob are preferred."""
+
+
+class RootFallback(Section):
+    """Branch from the root."""
+
+    policy: Literal['root']
+
+
+class NoFallback(Section):
+    """Leave the tree as it is."""
+
+    policy: Literal['none']
+    fill: Literal['placeholder', 'root'] = 'placeholder'
+    """What fills the tree: masked placeholders, or fresh branches from the root."""
+
+
+class CustomFallback(_CuttingFallback):
+    """A cut policy that you registered (`register_fallback`)."""
+
+    policy: Name = _own(
+        'policy',
+        'random_segment',
+        'random_token',
+        'min_logprob_token',
+        'random_block',
+        'logprob_block',
+        'root',
+        'none',
+    )
+    options: dict[str, Any] = {}
+    """What your policy reads as `context.config.fallback.options`."""
+
+
+Fallback = choice(
+    'policy',
+    'random_segment',
+    SegmentFallback,
+    TokenFallback,
+    BlockFallback,
+    LogprobBlockFallback,
+    RootFallback,
+    NoFallback,
+    custom=CustomFallback,
+)
+
+# Stopping.
+
+
+class _Answer(Section):
+    needs_eos: Flag = False
+    """An answer does not stop a path; EOS after it does, and then counts as an answer."""
+    after: Literal['keep', 'cut'] = 'keep'
+    """Whether a path that stopped at an answer keeps the rest of that segment, or is cut after the token that completes
+    the answer."""
+
+
+class BoxedAnswer(_Answer):
+    """A complete, non-empty `\\boxed{...}`."""
+
+    detector: Literal['boxed']
+
+
+class TaggedAnswer(_Answer):
+    """Text between an opening and a closing tag."""
+
+    detector: Literal['tags']
+    tags: tuple[Name, Name] = ('<answer>', '</answer>')
+    """Opening and closing tag."""
+
+
+class NoAnswer(Section):
+    """No text stops a path for its answer."""
+
+    detector: Literal['none']
+
+
+class CustomAnswer(_Answer):
+    """A detector that you registered (`register_answer`)."""
+
+    detector: Name = _own('detector', 'boxed', 'tags', 'none')
+
+
+Answer = choice('detector', 'boxed', BoxedAnswer, TaggedAnswer, NoAnswer, custom=CustomAnswer)
+
+
+class LoopRepetition(Section):
+    """The end of the text is one unit over and over: a loop that would go on."""
+
+    rule: Literal['loop']
+    repeats: Annotated[int, Strict(), Field(ge=3)] = 8
+    """Fewest repeats of the unit."""
+    characters: Positive = 500
+    """Fewest characters of all repeats together."""
+    near_characters: NotNegative = 0
+    """Also stop at so many characters in a row that hold nothing new but digits ("Step 17: ... Step 18: ..."). 0 does
+    not look for them: long honest enumerations look the same. See docs/policies.md for figures."""
+
+
+class WindowRepetition(Section):
+    """The official code's rule: some substring occurs often, anywhere in the turn. It stops many healthy texts."""
+
+    rule: Literal['windows']
+    length: Annotated[int, Strict(), Field(ge=2)] = 32
+    """Characters of the shortest substring that counts."""
+    count: Annotated[int, Strict(), Field(ge=2)] = 8
+    """Occurrences (overlaps included) at which a path counts as repeating."""
+
+
+class NoRepetition(Section):
+    """No path stops for repeating itself."""
+
+    rule: Literal['none']
+
+
+Repetition = choice('rule', 'loop', LoopRepetition, WindowRepetition, NoRepetition)
+
+
+def _different(value: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(value)) != len(value):
+        raise ValueError('names a reason twice')
+    return value
+
+
+class Stop(Section):
+    """When the text of a path says that it should stop."""
+
+    answer: Answer = BoxedAnswer(detector='boxed')
+    """The early stop: what counts as an answer."""
+    repetition: Repetition = LoopRepetition(rule='loop')
+    """What counts as a repetition."""
+    order: Annotated[tuple[Literal[REASONS], ...], AfterValidator(_different)] = ()  # type: ignore[valid-type]
+    """Stop reasons that win, in this order, where several hold at once. Those not named follow as answer, eos,
+    stop_string, hook, repetition, token_limit, context_limit, depth_limit."""
+
+
+# Advantages.
+
+
+class _Advantage(Section):
+    normalisation: Literal['whiten', 'whiten_scale', 'group', 'none'] = 'whiten'
+    """Advantages over the whole batch by loss tokens (`whiten`; `whiten_scale` does not subtract the mean), divided by
+    each tree's own standard deviation (`group`), or as they are."""
+
+
+class TreepoAdvantage(_Advantage):
+    """TreePO: a trajectory against every subgroup that it belongs to."""
+
+    estimator: Literal['treepo']
+    weighting: Literal['average', 'size'] = 'average'
+    """How subgroups combine: `average` (Eq. 5) or weighted by their `size` (Eq. 6)."""
+    reject_flat_subgroups: Flag = False
+    """Leave out subgroups below the root whose rewards are all alike (Eq. 7)."""
+    include_root: Flag = True
+    """Compare with the whole tree too. `false` does so only where no deeper subgroup exists."""
+    count_chains: Literal['per_depth', 'per_fork'] = 'per_depth'
+    """A chain that does not fork counts once per segment (`per_depth`, the official code) or once (`per_fork`)."""
+
+
+class OtherAdvantage(_Advantage):
+    """Another estimator of the package (`grpo`, `rloo`, `reinforce_plus_plus`, `progress`, `spo`, `treerl`), or one
+    that you registered (`register_advantage`)."""
+
+    estimator: Name = _own('estimator', 'treepo')
+    options: dict[str, Any] = {}
+    """Keyword arguments of an estimator that you registered."""
+
+
+Advantage = choice('estimator', 'treepo', TreepoAdvantage, custom=OtherAdvantage)
+
+# What goes wrong, and what is checked.
+
+
+class Faults(Section):
+    """How much may go wrong."""
+
+    max_retries: NotNegative = 2
+    """How often a segment is asked of the engine again after an engine error."""
+    max_failure_fraction: Annotated[float, Strict(), Field(ge=0, le=1)] = 0.5
+    """Share of failed trajectories in a batch above which the rollout raises."""
+    hook_timeout: Annotated[float, Strict(), Field(ge=0.001, allow_inf_nan=False)] = 60.0
+    """Seconds that an overridden hook may take, from when it runs, before its path counts as failed."""
+    max_hung_hooks: NotNegative = 64
+    """Threads that hooks may hold for good before the rollout raises; each that never returns is replaced."""
+
+
+class Checks(Section):
+    """What is refused, and proven, at the cost of a little time."""
+
+    require_trainer: Flag = True
+    """The server refuses requests that were not sent by TreeGRPOTrainer, so that nobody trains on trees with flat
+    advantages unknowingly."""
+    verify_weight_sync: Flag = True
+    """Compare log-probs of a fixed text between trainer and server after every weight sync, and stop the run where the
+    server does not follow."""
