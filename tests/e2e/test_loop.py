@@ -94,7 +94,7 @@ def test_training_on_trees(serve, train, model, tmp_path, capsys):
     out = tmp_path / 'train'
     rows = [json.loads(line) for line in (out / 'logging.jsonl').read_text().splitlines()]
     rows = [
-        {k: float(v) for k, v in row.items() if k.startswith('tree/') or k == 'reward'}
+        {k: float(v) for k, v in row.items() if k.startswith('tree/') or k in ('reward', 'step_time')}
         for row in rows
         if 'tree/decoded_tokens' in row
     ]
@@ -108,9 +108,11 @@ def test_training_on_trees(serve, train, model, tmp_path, capsys):
     assert evaluated and all(float(row['eval_tree/failures']) == 0 for row in evaluated)
     assert {key for row in evaluated for key in row if 'tree/' in key} == {'eval_tree/failures'}
     share = median(row['tree/scheduler_cpu_share'] for row in rows)
+    # The first comparison finds cold caches on both sides.
+    proof = median(row['tree/proof_seconds'] / row['step_time'] for row in rows[1:])
     with capsys.disabled():
         print(
-            f"\nscheduler CPU time: {share:.1%} of a rollout's wall time; "
+            f"\nscheduler CPU time: {share:.1%} of a rollout's wall time; weight proof: {proof:.1%} of a step; "
             f'tokens saved: {[round(row["tree/saved_fraction"], 2) for row in rows]}'
         )
     assert share < 0.05

@@ -5,7 +5,6 @@ What compare.py does around its trainings: the token budget that ends them, and 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -15,7 +14,10 @@ import pytest
 
 pytest.importorskip('swift')
 
-from tests.flat import flat
+from tests.flat import (
+    changed,
+    flat,
+)
 from tests.integration.fake_engine import FakeEngine
 from tests.integration.test_scheduler import requests, rollout, scheduler, tree_of
 from treepo_swift.advantage.batch import tree_advantages
@@ -37,12 +39,9 @@ def load(path: Path) -> TreeConfig:
 def test_an_ablation_grows_and_trains_scaled_down(path):
     config = load(path)
     assert config.max_response_tokens == 7168
-    small = dataclasses.replace(
-        config,
-        segment_length=config.segment_length // SCALE,
-        fallback_block=max(config.fallback_block // SCALE, 1),
-        repetition_length=8,
-    )
+    small = config.replace(segment_length=config.segment_length // SCALE)
+    if hasattr(config.fallback, 'block'):
+        small = changed(small, fallback=config.fallback.policy, fallback_block=config.fallback.block // SCALE)
     outputs = rollout(
         requests(*['prompt'] * 16, *['another'] * 16, config=small),
         scheduler(FakeEngine(block_size=4)),
@@ -60,7 +59,7 @@ def test_an_ablation_grows_and_trains_scaled_down(path):
 
 def test_configs_differ_and_the_table_names_all():
     configs = [load(path) for path in FILES]
-    assert len(set(configs)) == len(configs)
+    assert len({config.model_dump_json() for config in configs}) == len(configs)
     readme = (FOLDER / 'README.md').read_text()
     assert all(f'| `{path.name}` |' in readme for path in FILES) and readme.count('.yaml` |') == len(FILES)
 
@@ -111,5 +110,6 @@ def test_methods_are_tree_configs_and_only_grpo_has_no_tree():
         if method.tree is not None
     }
     assert set(METHODS) - set(configs) == {'grpo'}
-    assert (configs['grpo_tree'].estimator, configs['grpo_tree'].normalisation) == ('grpo', 'none')
-    assert configs['treepo'] == flat() and configs['treepo_more_init'].root_divergence == (2, 8)
+    chosen = configs['grpo_tree'].advantage
+    assert (chosen.estimator, chosen.normalisation) == ('grpo', 'none')
+    assert configs['treepo'] == TreeConfig() and configs['treepo_more_init'].root_divergence == (2, 8)

@@ -338,3 +338,15 @@ def test_evaluation_without_a_config_keeps_its_own_length(monkeypatch):
     outputs = rollout(batch, scheduler(FakeEngine(speak=letters)), max_tokens=500)
     assert [len(o.response_token_ids[0]) for o in outputs] == [500, 500]
     assert {StopReason.TOKEN_LIMIT.finish_reason} == {o.response.choices[0].finish_reason for o in outputs}
+
+
+def test_trees_that_give_up_are_told_by_kind_too(monkeypatch):
+    messages: list[str] = []
+    monkeypatch.setattr('treepo_swift.server.scheduler.logger.warning', messages.append)
+    target = scheduler(FakeEngine(speak=letters, max_model_len=90))
+    lenient = config()
+    for length in range(100, 110):
+        rollout(requests(*['x' * length] * 2, *[f'unencodable {length}'] * 2, config=lenient), target)
+    # Each kind once, and a sentence for each batch.
+    assert len(messages) == 2 + 10 and len(target._warned) == 2
+    assert '1 x the prompt has N tokens' in messages[-1] and '1 x the prompt could not be encoded, e.g.' in messages[-1]

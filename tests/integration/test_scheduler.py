@@ -122,7 +122,7 @@ def test_evaluation_ends_where_training_paths_end_and_takes_the_trainers_hook_de
             time.sleep(0.3 if 'slow' in infer_request.messages[0]['content'] else 0)
             return True
 
-    hasty = dataclasses.replace(CONFIG, hook_timeout=0.1, branching='entropy', max_failure_fraction=1.0)
+    hasty = changed(CONFIG, hook_timeout=0.1, branching='entropy', max_failure_fraction=1.0)
     target = scheduler(FakeEngine(speak=talk_on), Slow)
     asked: list[int] = []
     begin_batch = target._engine.begin_batch

@@ -94,14 +94,19 @@ def test_no_path_fork_or_fallback_misses_its_state(fork_state, fallback, way):
     """Each hook checks that its state is there and says what its own path said."""
     budget = {'budget': way, 'budget_tokens': 320} if way.startswith('by_segment_') or 'trajectory' in way else {}
     fill = {'fallback_fill': 'root'} if fallback == 'none' else {}
+    fallbacks = 0
     for seed in range(6):
         target = world()
+        # Every other tree grows by fallback alone.
+        chain = {'divergence': 1, 'root_divergence': 1} if seed % 2 else {}
         target.by_segment = way == 'by_segment'
-        config = changed(CONFIG, fork_state=fork_state, fallback=fallback, seed=seed, **budget, **fill)
+        config = changed(CONFIG, fork_state=fork_state, fallback=fallback, seed=seed, **budget, **fill, **chain)
         outputs = rollout(requests(*['a'] * 8, *['b'] * 5, config=config), target, seed=seed)
         stats = [tree_of(o)['stats'] for o in outputs if 'stats' in tree_of(o)]
         assert sum(s['failures'] for s in stats) == 0 and sum(s['turns'] for s in stats) > 0
+        fallbacks += sum(s['fallbacks'] for s in stats)
         check_released_once(target)
+    assert fallbacks > 0
 
 
 @pytest.mark.parametrize('width, fallback', [(1, 'random_segment'), (4, 'none'), (4, 'root')])

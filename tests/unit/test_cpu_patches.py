@@ -183,13 +183,24 @@ def test_an_enabled_communicator_keeps_its_own_broadcast(keep: pytest.MonkeyPatc
 
 def test_an_idle_reader_of_vllms_queue_leaves_the_core(keep: pytest.MonkeyPatch) -> None:
     """vLLM's own reader would spin for a second; a message still reaches one that sleeps."""
+    from vllm.distributed.device_communicators import shm_broadcast
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
-    def cpu_seconds_of(reader: MessageQueue) -> float:
-        began = time.thread_time()
+    asked = 0
+
+    def count() -> None:
+        nonlocal asked
+        asked += 1
+
+    keep.setattr(shm_broadcast, 'sched_yield', count)  # a reader calls it each time that it finds nothing
+
+    def times_asked(writer: MessageQueue, reader: MessageQueue) -> int:
+        writer.enqueue('step')
+        assert reader.dequeue(timeout=60) == 'step'
+        before = asked
         with pytest.raises(TimeoutError):
             reader.dequeue(timeout=0.5)
-        return time.thread_time() - began
+        return asked - before
 
     def connect() -> tuple[MessageQueue, MessageQueue]:
         writer = MessageQueue(n_reader=1, n_local_reader=1)
@@ -200,10 +211,10 @@ def test_an_idle_reader_of_vllms_queue_leaves_the_core(keep: pytest.MonkeyPatch)
             ready.result(timeout=60)
         return writer, reader
 
-    _, spinning = connect()
+    spinning = times_asked(*connect())
     cpu.patch_idle_spin()
     writer, sleeping = connect()
-    assert cpu_seconds_of(sleeping) < cpu_seconds_of(spinning) / 3
+    assert times_asked(writer, sleeping) < spinning / 10
     with ThreadPoolExecutor(1) as pool:
         received = pool.submit(sleeping.dequeue, timeout=60)
         time.sleep(10 * cpu.SPIN_SECONDS)

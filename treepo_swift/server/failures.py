@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from .outputs import RolloutError
 
 SHOWN = 3
 """Kinds that a message names."""
+NUMBER = re.compile(r'\d+')
 
 
 class Failures:
@@ -39,8 +41,8 @@ class Failures:
             if search.last_error and message.endswith(search.last_error):
                 message = search.last_error
             if message not in self._kinds:
-                # The search gave up by itself: a policy raised, or the prompt has no room.
-                self._add(message, message)
+                # The tree gave up: a policy raised, or its prompt has no room or can not be encoded.
+                self._add(NUMBER.sub('N', message.partition(':')[0]), message)
             self._trajectories[self._kinds[message]] += 1
 
     def check(self, total: int, allowed: float) -> None:

@@ -138,6 +138,7 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
 
         Raises:
             RolloutError: too many trajectories failed, or the trainer runs without the plugin.
+            HungHooksError: more hooks hang than `faults.max_hung_hooks`.
             ConfigError: a setting is unknown or does not fit the engine.
         """
         started, clock = time.perf_counter(), CpuClock()
