@@ -134,6 +134,8 @@ def test_whitening_of_degenerate_batches():
     assert whiten([1.0, 2.0], [0, 0]) == [0.0, 0.0]
     assert whiten([9.0, 1.0, -1.0], [0, 2, 2])[0] == 0.0
     assert whiten([3.0], [1]) == [0.0]
+    with pytest.raises(ValueError, match='2 values with 1 lengths'):
+        whiten([1.0, 2.0], [1])
 
 
 def test_large_batches_do_not_recurse_or_blow_up():

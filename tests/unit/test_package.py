@@ -15,7 +15,7 @@ from treepo_swift.core.tree import StopReason, TreeStats
 from treepo_swift.server.grouping import group_requests
 from treepo_swift.trainer.metrics import EvaluationFailures, RolloutRound, tree_metrics
 from treepo_swift.wire.note import RequestNote
-from treepo_swift.wire.report import BatchReport, TreeReport
+from treepo_swift.wire.report import BatchReport, EngineCounters, TreeReport
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,10 @@ def test_failures_of_an_evaluation_are_counted_by_kind():
     failures.add(['no engine', 'Tools.step on segment 1 of path 9 of tree b3: raised KeyError: x'])
     said = failures.describe()
     assert '3 of 5 answers' in said and '(2 times): Tools.step on segment 1 of path 2 of tree a7' in said
+
+
+def test_what_an_engine_counted_between_two_moments():
+    assert EngineCounters(9, 7, 5, 30).since(EngineCounters(4, 3, 5, 10)) == EngineCounters(5, 4, 0, 20)
 
 
 def test_bench_times_every_estimator():
