@@ -16,7 +16,6 @@ pytest.importorskip('swift')
 
 from tests.flat import (
     changed,
-    flat,
 )
 from tests.integration.fake_engine import FakeEngine
 from tests.integration.test_scheduler import requests, rollout, scheduler, tree_of
