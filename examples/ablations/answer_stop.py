@@ -8,6 +8,7 @@ demonstrations go on after the box (`talkative_task.py`). For every training it 
 trained on without EOS, and what the trained model does on held-out problems. Runs that are finished are used again, so
 that a comparison that was stopped goes on where it was. Results: results.md and results.json in --output.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,27 +27,18 @@ HERE = Path(__file__).resolve().parent
 QUICKSTART = HERE.parent / 'quickstart'
 OUTPUT = HERE.parents[1] / 'output'
 sys.path.insert(0, str(QUICKSTART))
-from run import HELDOUT, START_TIMEOUT, follow, make_model, read_log, step  # noqa: E402
-from services import Service, free_port, guarded, offline_environment  # noqa: E402
+from run import HELDOUT, START_TIMEOUT, follow, make_model, read_log, step
+from services import Service, free_port, guarded, offline_environment
 
-from treepo_swift.policies.stopping import has_boxed_answer  # noqa: E402
+from treepo_swift.core.policies.stopping import has_boxed_answer
 
 SEGMENT = 32
 """Tokens of a segment in quickstart's tree.yaml."""
 
 WAYS = {
-    'boundary': ('at the segment\'s end', {
-        'ANSWER_NEEDS_EOS': 'false',
-        'AFTER_ANSWER': 'keep'
-    }),
-    'eos': ('at EOS (`answer_needs_eos`)', {
-        'ANSWER_NEEDS_EOS': 'true',
-        'AFTER_ANSWER': 'keep'
-    }),
-    'cut': ('behind the answer (`after_answer: cut`)', {
-        'ANSWER_NEEDS_EOS': 'false',
-        'AFTER_ANSWER': 'cut'
-    }),
+    'boundary': ("at the segment's end", {'STOP__ANSWER__NEEDS_EOS': 'false', 'STOP__ANSWER__AFTER': 'keep'}),
+    'eos': ('at EOS (`needs_eos: true`)', {'STOP__ANSWER__NEEDS_EOS': 'true', 'STOP__ANSWER__AFTER': 'keep'}),
+    'cut': ('behind the answer (`after: cut`)', {'STOP__ANSWER__NEEDS_EOS': 'false', 'STOP__ANSWER__AFTER': 'cut'}),
 }
 """Title, and keys of the tree config."""
 
@@ -64,7 +56,8 @@ def main() -> int:
         '--quickstart',
         type=Path,
         default=OUTPUT / 'quickstart',
-        help='folder of the base model and its data, made there unless they are')
+        help='folder of the base model and its data, made there unless they are',
+    )
     parser.add_argument('--model', choices=('quickstart', 'talkative'), default='quickstart')
     parser.add_argument('--ways', nargs='+', choices=WAYS, default=list(WAYS))
     parser.add_argument('--seeds', nargs='+', type=int, default=[42, 1, 2])
@@ -88,14 +81,16 @@ def compare(args: argparse.Namespace) -> None:
     step('3/3', 'the result')
     eos = json.loads((base / 'config.json').read_text())['eos_token_id']
     results = {
-        'base':
-        before,
-        'runs': [{
-            'way': way,
-            'seed': seed,
-            'training': training_figures(folder, args.steps, eos),
-            'heldout': json.loads((folder / 'heldout.json').read_text()),
-        } for (way, seed), folder in runs.items()]
+        'base': before,
+        'runs': [
+            {
+                'way': way,
+                'seed': seed,
+                'training': training_figures(folder, args.steps, eos),
+                'heldout': json.loads((folder / 'heldout.json').read_text()),
+            }
+            for (way, seed), folder in runs.items()
+        ],
     }
     (output / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
     text = table(results)
@@ -128,16 +123,17 @@ def train_all(runs: dict[tuple[str, int], Path], steps: int, output: Path, base:
 
 
 def train(way: str, seed: int, folder: Path, env: dict[str, str], server: Service) -> None:
-    env = env | {
-        f'TREEPO_{key}': value
-        for key, value in WAYS[way][1].items()
-    } | {
-        'GROUP_PORT': str(free_port()),
-        'SEED': str(seed),
-        'OUTPUT': str(folder / 'train'),
-        'REWARD_FUNCS': 'recorded_digit_sum',
-        'ANSWER_RECORD': str(folder / 'trajectories.jsonl'),
-    }
+    env = (
+        env
+        | {f'TREEPO_{key}': value for key, value in WAYS[way][1].items()}
+        | {
+            'GROUP_PORT': str(free_port()),
+            'SEED': str(seed),
+            'OUTPUT': str(folder / 'train'),
+            'REWARD_FUNCS': 'recorded_digit_sum',
+            'ANSWER_RECORD': str(folder / 'trajectories.jsonl'),
+        }
+    )
     plugins = [HERE.parents[1] / 'plugin' / 'treepo_plugin.py', QUICKSTART / 'reward.py', HERE / 'answer_record.py']
     command = ['bash', str(QUICKSTART / 'train.sh'), '--external_plugins', *map(str, plugins)]
     with Service(f'The training {way}, seed {seed}', command, log=folder / 'train.log', env=env) as training:
@@ -178,6 +174,7 @@ def measure(model: Path, cache: Path) -> dict[str, float]:
     from make_model import sample
     from task import distinct_problems
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     problems = distinct_problems('heldout', HELDOUT, 0)
@@ -191,6 +188,7 @@ def measure(model: Path, cache: Path) -> dict[str, float]:
 
 def answer_figures(answers: list[list[int]], solutions: list[str], tokenizer: Any) -> dict[str, float]:
     from task import is_correct
+
     right = [is_correct(text_of(ids, tokenizer), known) for ids, known in zip(answers, solutions, strict=True)]
     boxed = [(ids, box_tokens(ids, tokenizer)) for ids in answers if has_boxed_answer(text_of(ids, tokenizer))]
     behind = [text_of(ids[count:], tokenizer) for ids, count in boxed]
@@ -246,8 +244,10 @@ def table(results: dict[str, Any]) -> str:
         before = cell([results['base'][key]], form) if key else ''
         lines.append(f'| {title} | {before} | ' + ' | '.join(cells) + ' |')
     seeds = sorted({run['seed'] for run in results['runs']})
-    lines.append(f'\nMean (lowest to highest) over seeds {", ".join(map(str, seeds))}; from "accuracy" on of '
-                 f'{HELDOUT} held-out problems.\n')
+    lines.append(
+        f'\nMean (lowest to highest) over seeds {", ".join(map(str, seeds))}; from "accuracy" on of '
+        f'{HELDOUT} held-out problems.\n'
+    )
     return '\n'.join(lines)
 
 

@@ -4,6 +4,7 @@
 
 Problems and rewards are the quickstart's own.
 """
+
 from __future__ import annotations
 
 import random

@@ -116,32 +116,13 @@ def test_methods_are_tree_configs_and_only_grpo_has_no_tree():
 
 def test_the_answer_stop_counts_what_was_trained_without_eos(tmp_path):
     import answer_stop
+
     eos = 1
     rows = [
-        {
-            'step': 0,
-            'stop': 'answer',
-            'token_ids': [5, 6],
-            'reward': 1.0
-        },
-        {
-            'step': 0,
-            'stop': 'answer',
-            'token_ids': [5, 6, eos],
-            'reward': 0.0
-        },
-        {
-            'step': 9,
-            'stop': 'depth_limit',
-            'token_ids': [5] * 4,
-            'reward': 0.0
-        },
-        {
-            'step': 9,
-            'stop': 'eos',
-            'token_ids': [5, 6, eos],
-            'reward': 1.0
-        },
+        {'step': 0, 'stop': 'answer', 'token_ids': [5, 6], 'reward': 1.0},
+        {'step': 0, 'stop': 'answer', 'token_ids': [5, 6, eos], 'reward': 0.0},
+        {'step': 9, 'stop': 'depth_limit', 'token_ids': [5] * 4, 'reward': 0.0},
+        {'step': 9, 'stop': 'eos', 'token_ids': [5, 6, eos], 'reward': 1.0},
     ]
     (tmp_path / 'train').mkdir()
     (tmp_path / 'train' / 'logging.jsonl').write_text('{"tree/decoded_tokens": 9, "tree/independent_tokens": "12"}\n')
