@@ -16,7 +16,6 @@ pytest.importorskip('swift')
 
 from tests.flat import (
     changed,
-    flat,
 )
 from tests.integration.fake_engine import FakeEngine
 from tests.integration.test_scheduler import requests, rollout, scheduler, tree_of
@@ -113,3 +112,24 @@ def test_methods_are_tree_configs_and_only_grpo_has_no_tree():
     chosen = configs['grpo_tree'].advantage
     assert (chosen.estimator, chosen.normalisation) == ('grpo', 'none')
     assert configs['treepo'] == TreeConfig() and configs['treepo_more_init'].root_divergence == (2, 8)
+
+
+def test_the_answer_stop_counts_what_was_trained_without_eos(tmp_path):
+    import answer_stop
+
+    eos = 1
+    rows = [
+        {'step': 0, 'stop': 'answer', 'token_ids': [5, 6], 'reward': 1.0},
+        {'step': 0, 'stop': 'answer', 'token_ids': [5, 6, eos], 'reward': 0.0},
+        {'step': 9, 'stop': 'depth_limit', 'token_ids': [5] * 4, 'reward': 0.0},
+        {'step': 9, 'stop': 'eos', 'token_ids': [5, 6, eos], 'reward': 1.0},
+    ]
+    (tmp_path / 'train').mkdir()
+    (tmp_path / 'train' / 'logging.jsonl').write_text('{"tree/decoded_tokens": 9, "tree/independent_tokens": "12"}\n')
+    (tmp_path / 'trajectories.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    figures = answer_stop.training_figures(tmp_path, 10, eos)
+    assert (figures['decoded'], figures['independent']) == (9, 12)
+    parts = figures['parts']
+    assert parts['all']['without_eos_by_stop'] == {'answer': 0.25, 'depth_limit': 0.25}
+    assert parts['first 3 steps']['stops'] == {'answer': 1.0}
+    assert [parts[name]['tokens'] for name in parts] == [3, 2.5, 3.5]

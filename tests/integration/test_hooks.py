@@ -139,9 +139,10 @@ def test_hooks_that_wait_for_a_thread_end_with_their_batch(few_threads, gate):
         # Those that run can not be stopped. When they are late, others run in their place.
         assert not runner.hung
         assert await runner.call(lambda: 'next', timeout=5.0, where='here') == 'next'
-        assert runner.hung.total() == few_threads
+        while runner.hung.total() < few_threads:
+            await asyncio.sleep(0.005)
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 20))
     assert sorted(began) == [0, 1, 2, 3]
     gate.set()
     until(lambda: not runner.hung)

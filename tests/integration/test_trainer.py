@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -446,6 +447,21 @@ def test_every_sync_is_compared_on_every_server_and_timed():
     servers.shift, servers.behind = 0.3, 0.1
     with pytest.raises(WeightSyncError, match='http://b, step 2: the server does not sample from'):
         trainer._verify_weight_sync(trainer._sync_proof)
+
+
+def test_servers_score_while_the_trainer_does():
+    servers = ProbedServers()
+    trainer = probed_trainer(servers, 'torch.float32')
+    answered = threading.Event()
+    infer, score = servers.infer, trainer._score
+
+    def infer_and_tell(*args: Any, **kwargs: Any) -> list[Any]:
+        answered.set()
+        return infer(*args, **kwargs)
+
+    servers.infer = infer_and_tell
+    trainer._score = lambda ids: score(ids) if answered.wait(60) else pytest.fail('nobody was asked before')
+    trainer._verify_weight_sync(trainer._sync_proof)
 
 
 @pytest.mark.parametrize('dtype, fits', [('bfloat16', True), ('float32', False)])

@@ -147,7 +147,7 @@ def check(proof: WeightSyncProof, trainer: list[float], server: list[float], ste
 @pytest.mark.parametrize(
     'server, said',
     [
-        (FIRST, 'the server does not sample from .*0.175 nats .* it was 0, .*TREEPO_VERIFY_WEIGHT_SYNC'),
+        (FIRST, 'the server does not sample from .*0.175 nats .* it was 0, .*TREEPO_CHECKS__VERIFY_WEIGHT_SYNC'),
         ([float('nan'), *SECOND[1:]], 'differ by nan nats'),
         (SECOND[1:], '15 log-probs came back for 16 tokens'),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union, get_args
 
 from pydantic import (
     AfterValidator,
@@ -53,6 +53,8 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra='forbid', use_attribute_docstrings=True)
 
 
+# Which members of a union a reader may count on is known where it looks at the selector. Type checkers can't tell, so
+# for them a union of sections is `Any`.
 def choice(key: str, default: str, *known: type[Section], custom: type[Section] | None = None) -> Any:
     """A union of sections that their `key` tells apart; a plain string names one, and nothing the `default`.
 
@@ -68,7 +70,7 @@ def choice(key: str, default: str, *known: type[Section], custom: type[Section] 
     def tag(value: Any) -> str | None:
         name = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
         cls = names.get(name, custom) if isinstance(name, str) else custom
-        return cls and cls.__name__
+        return None if cls is None else cls.__name__
 
     members = [Annotated[cls, Tag(cls.__name__)] for cls in (*known, *([custom] if custom else []))]
     wrong = f'{key} must be one of {", ".join(names)}'
@@ -123,7 +125,10 @@ class CustomBranching(Section):
     """What your policy reads as `context.config.branching.options`."""
 
 
-Branching = choice('policy', 'even', EvenBranching, LogprobBranching, EntropyBranching, custom=CustomBranching)
+if TYPE_CHECKING:
+    Branching: TypeAlias = Any
+else:
+    Branching = choice('policy', 'even', EvenBranching, LogprobBranching, EntropyBranching, custom=CustomBranching)
 
 # Budgets.
 
@@ -152,7 +157,10 @@ class TrajectoryTokensBudget(Section):
     """Tokens of a prompt's trajectories."""
 
 
-Budget = choice('policy', 'by_width', WidthBudget, SegmentTokensBudget, TrajectoryTokensBudget)
+if TYPE_CHECKING:
+    Budget: TypeAlias = Any
+else:
+    Budget = choice('policy', 'by_width', WidthBudget, SegmentTokensBudget, TrajectoryTokensBudget)
 
 # Fallback.
 
@@ -226,17 +234,20 @@ class CustomFallback(_CuttingFallback):
     """What your policy reads as `context.config.fallback.options`."""
 
 
-Fallback = choice(
-    'policy',
-    'random_segment',
-    SegmentFallback,
-    TokenFallback,
-    BlockFallback,
-    LogprobBlockFallback,
-    RootFallback,
-    NoFallback,
-    custom=CustomFallback,
-)
+if TYPE_CHECKING:
+    Fallback: TypeAlias = Any
+else:
+    Fallback = choice(
+        'policy',
+        'random_segment',
+        SegmentFallback,
+        TokenFallback,
+        BlockFallback,
+        LogprobBlockFallback,
+        RootFallback,
+        NoFallback,
+        custom=CustomFallback,
+    )
 
 # Stopping.
 
@@ -275,7 +286,10 @@ class CustomAnswer(_Answer):
     detector: Name = _own('detector', 'boxed', 'tags', 'none')
 
 
-Answer = choice('detector', 'boxed', BoxedAnswer, TaggedAnswer, NoAnswer, custom=CustomAnswer)
+if TYPE_CHECKING:
+    Answer: TypeAlias = Any
+else:
+    Answer = choice('detector', 'boxed', BoxedAnswer, TaggedAnswer, NoAnswer, custom=CustomAnswer)
 
 
 class LoopRepetition(Section):
@@ -307,7 +321,10 @@ class NoRepetition(Section):
     rule: Literal['none']
 
 
-Repetition = choice('rule', 'loop', LoopRepetition, WindowRepetition, NoRepetition)
+if TYPE_CHECKING:
+    Repetition: TypeAlias = Any
+else:
+    Repetition = choice('rule', 'loop', LoopRepetition, WindowRepetition, NoRepetition)
 
 
 def _different(value: tuple[str, ...]) -> tuple[str, ...]:
@@ -360,7 +377,10 @@ class OtherAdvantage(_Advantage):
     """Keyword arguments of an estimator that you registered."""
 
 
-Advantage = choice('estimator', 'treepo', TreepoAdvantage, custom=OtherAdvantage)
+if TYPE_CHECKING:
+    Advantage: TypeAlias = Any
+else:
+    Advantage = choice('estimator', 'treepo', TreepoAdvantage, custom=OtherAdvantage)
 
 # What goes wrong, and what is checked.
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest, RolloutOutput
 from tqdm import tqdm
@@ -34,16 +34,14 @@ from .outputs import OutputWriter, PlainOutputs
 from .segment_check import SegmentCheck
 from .text import PathReader
 from .turn_hooks import TURN_HOOKS, TurnHooks
-
-if TYPE_CHECKING:
-    from .scheduler import TreeRolloutScheduler
+from .user import UserScheduler
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
     """What outlives a batch: the scheduler with the user's hooks, its engine, and what was learned."""
 
-    scheduler: TreeRolloutScheduler
+    scheduler: UserScheduler
     overridden: frozenset[str]
     """Hooks about turns and states that the user has of their own."""
     checks_segments: bool

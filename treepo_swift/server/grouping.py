@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,7 @@ def group_requests(keys: Sequence[str], num_generations: Sequence[int | None]) -
     A prompt that occurs twice in a batch makes two trees, not one of double width. A group may be smaller than
     asked for, where the batch was split between servers.
     """
-    positions: dict[Hashable, list[int]] = {}
+    positions: dict[tuple[str, int | None], list[int]] = {}
     for index, (key, size) in enumerate(zip(keys, num_generations, strict=True)):
         positions.setdefault((key, size), []).append(index)
     groups = []

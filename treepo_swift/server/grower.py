@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from inspect import isawaitable
@@ -190,7 +190,7 @@ class TreeGrower:
 
     # The engine.
 
-    async def _sample(self, request: SegmentRequest) -> AsyncIterator[Segment]:
+    async def _sample(self, request: SegmentRequest) -> AsyncGenerator[Segment, None]:
         """After an engine error, what is left of a request is asked for again, from where its path stands."""
         left, errors = request.max_tokens, 0
         while left:

@@ -10,5 +10,5 @@ from .scheduler import TreeRolloutScheduler
 class TreeGymScheduler(TreeRolloutScheduler, GYMScheduler):
     """`GYMScheduler` whose environments fork with their paths: one `reset` a tree, then a copy for every turn."""
 
-    async def release_state(self, state_id: str) -> None:
+    async def release_state(self, state_id: str) -> None:  # type: ignore[override]
         await self._close_and_remove(state_id)

@@ -142,8 +142,9 @@ class _Call:
             return self.work(), None
         except BaseException as e:
             # Futures take no StopIteration, and SystemExit is nobody's here.
-            usual = isinstance(e, Exception) and not isinstance(e, StopIteration)
-            return None, e if usual else RuntimeError(f'{type(e).__name__}({e})')
+            if isinstance(e, Exception) and not isinstance(e, StopIteration):
+                return None, e
+            return None, RuntimeError(f'{type(e).__name__}({e})')
 
     def deliver(self, result: Any, error: Exception | None) -> None:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from typing import TYPE_CHECKING
 
 from treepo_swift.config import TreeConfig
 from treepo_swift.core.policies.stopping import text_verdict
@@ -12,16 +11,14 @@ from treepo_swift.core.tree import Path, StopReason
 
 from .hooks import HookError, HookRunner
 from .text import PathReader
-
-if TYPE_CHECKING:
-    from .scheduler import TreeRolloutScheduler
+from .user import UserScheduler
 
 
 class SegmentCheck:
     """Asked at every boundary of every path of a batch. What goes wrong raises `HookError`."""
 
     def __init__(
-        self, user: TreeRolloutScheduler, hooks: HookRunner, reader: PathReader, config: TreeConfig, *, asks_user: bool
+        self, user: UserScheduler, hooks: HookRunner, reader: PathReader, config: TreeConfig, *, asks_user: bool
     ) -> None:
         """`asks_user` where `check_segment` is the user's own."""
         self._user = user

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from swift.infer_engine.protocol import ChatCompletionResponseChoice, RolloutInferRequest, RolloutOutput
 from swift.rollout import MultiTurnScheduler
@@ -15,9 +15,7 @@ from treepo_swift.wire.report import REPORT_KEY
 
 from .hooks import HookError, HookRunner
 from .replies import Reply, Turn, short
-
-if TYPE_CHECKING:
-    from .scheduler import TreeRolloutScheduler
+from .user import UserScheduler
 
 TURN_HOOKS = ('on_trajectory_start', 'on_turn_end', 'check_finished', 'step')
 STATE_HOOKS = ('fork_state', 'release_state')
@@ -40,9 +38,7 @@ def copy_for(state: str, request: RolloutInferRequest) -> RolloutInferRequest:
 class TurnHooks:
     """A scheduler's hooks for one tree. What they may not return raises `HookError`."""
 
-    def __init__(
-        self, user: TreeRolloutScheduler, overridden: frozenset[str], runner: HookRunner, config: TreeConfig
-    ) -> None:
+    def __init__(self, user: UserScheduler, overridden: frozenset[str], runner: HookRunner, config: TreeConfig) -> None:
         self.user = user
         self.overridden = overridden
         self.prefix: list[int] = []

@@ -33,7 +33,7 @@ def probe_servers(
 
     A server scores `token_ids`, and raises where it can not follow `config`.
     """
-    note = RequestNote(mode='probe', token_ids=token_ids, config=config and config.to_note()).to_dict()
+    note = RequestNote(mode='probe', token_ids=token_ids, config=None if config is None else config.to_note()).to_dict()
     request = RolloutInferRequest(messages=[{'role': 'user', 'content': 'probe'}], data_dict={REQUEST_KEY: note})
     request_config = asdict(RequestConfig(max_tokens=1, return_details=True))
     outputs = client.infer([asdict(request)] * client.num_servers, request_config, use_tqdm=False)

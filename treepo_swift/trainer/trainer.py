@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -187,10 +188,14 @@ class TreeGRPOTrainer(GRPOTrainer):
         """Compare log-probs of the probe text on every server; all ranks take part, and all raise or none."""
         began = time.perf_counter()
         token_ids = self.processing_class.encode(PROBE_TEXT, add_special_tokens=False)[:MAX_PROBE_TOKENS]
-        ours = self._score(token_ids)
+        with ThreadPoolExecutor(1) as thread:
+            # The servers score while this side does. Only the main process has a client.
+            asks = self.accelerator.is_main_process
+            asked = thread.submit(probe_servers, self.vllm_client, token_ids=token_ids) if asks else None
+            ours = self._score(token_ids)
 
         def compare() -> WeightSyncProof:
-            answers = probe_servers(self.vllm_client, token_ids=token_ids)
+            answers = asked.result()
             for url, answer in zip(self.vllm_client.base_urls, answers, strict=True):
                 dtype = answer['engine'].get('dtype')
                 proof.check(ours, answer['logprobs'], url=url, dtype=dtype, step=self.state.global_step)
