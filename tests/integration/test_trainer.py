@@ -564,3 +564,24 @@ def test_options_that_work_are_let_through(changes, config):
     from treepo_swift.trainer.compatibility import check_options
 
     check_options(options(**changes), flat(**config))
+
+
+@pytest.mark.parametrize('asked', [True, False])
+def test_the_weights_are_proven_unless_told_otherwise(asked, monkeypatch, tmp_path):
+    from swift.rlhf_trainers import GRPOTrainer
+
+    monkeypatch.setattr(GRPOTrainer, 'prepare_rollout', lambda self: None)
+    args = SimpleNamespace(tree_engines=[('http://x', {})], output_dir=str(tmp_path))
+    trainer, _ = build_trainer(
+        [],
+        [],
+        config=dict(verify_weight_sync=asked),
+        args=args,
+        vllm_client=SimpleNamespace(sessions=[]),
+        _sync_proof=None,
+    )
+    monkeypatch.setattr(trainer, '_broadcast', lambda function: function())
+    monkeypatch.setattr(trainer, '_computing_types', lambda: ['float32'])
+    trainer.prepare_rollout()
+    assert (trainer._sync_proof is not None) == asked
+    assert f'verify_weight_sync: {str(asked).lower()}' in (tmp_path / 'treepo_config.yaml').read_text()

@@ -78,7 +78,7 @@ ELSEWHERE = {
     'faults.hook_timeout': f'{SCHEDULER}::test_bad_hooks_are_named',
     'faults.max_hung_hooks': 'tests/integration/test_hooks.py',
     'checks.require_trainer': f'{SCHEDULER}::test_the_plain_trainer_may_be_allowed',
-    'checks.verify_weight_sync': f'{TRAINER}::test_the_proof_may_be_left_out',
+    'checks.verify_weight_sync': f'{TRAINER}::test_the_weights_are_proven_unless_told_otherwise',
     'eval_trees': f'{TRAINER}::test_evaluation_samples_independently_unless_asked',
     'fork_at': 'tests/unit/test_search_turns.py::test_paths_fork_where_fork_at_says',
     'fork_state': 'tests/integration/test_turns.py::test_state_forks_with_its_path_and_is_released',

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.builders import grow, segment_of
-from tests.flat import flat
+from tests.flat import PLACES, flat
 from treepo_swift.cli.main import main
 from treepo_swift.config import TreeConfig
 from treepo_swift.lab.lengths import LengthDistribution
@@ -39,7 +39,9 @@ COSTLY = dict(step_seconds_per_sequence=2**-5, step_seconds_per_context_token=2*
 
 
 def setup(schedule: str = 'stream', **changes) -> Setup:
-    tree = {key: changes.pop(key) for key in list(changes) if key in TreeConfig.__dataclass_fields__ and key != 'seed'}
+    tree = {
+        key: changes.pop(key) for key in list(changes) if key in {*TreeConfig.model_fields, *PLACES} and key != 'seed'
+    }
     config = flat(**{'segment_length': 8, 'max_depth': 4, **tree})
     values = dict(prompts=3, width=4, prompt_tokens=6, lengths=LengthDistribution.fixed(config.max_response_tokens))
     return Setup(config, schedule, **{**values, **changes})
@@ -53,7 +55,6 @@ configs = st.fixed_dictionaries(
         'root_divergence': st.integers(1, 4),
         'pacing': st.sampled_from(['eager', 'even']),
         'fallback': st.sampled_from(['random_segment', 'random_token', 'root']),
-        'fallback_start': st.sampled_from(['idle', 'early']),
     }
 )
 batches = st.fixed_dictionaries(
