@@ -79,7 +79,7 @@ ELSEWHERE = {
     'faults.max_hung_hooks': 'tests/integration/test_hooks.py',
     'checks.require_trainer': f'{SCHEDULER}::test_the_plain_trainer_may_be_allowed',
     'checks.verify_weight_sync': f'{TRAINER}::test_the_weights_are_proven_unless_told_otherwise',
-    'eval_trees': f'{TRAINER}::test_evaluation_samples_independently_unless_asked',
+    'eval_trees': f'{TRAINER}::test_evaluation_asks_for_trees_only_where_told',
     'fork_at': 'tests/unit/test_search_turns.py::test_paths_fork_where_fork_at_says',
     'fork_state': 'tests/integration/test_turns.py::test_state_forks_with_its_path_and_is_released',
 }

@@ -39,9 +39,8 @@ COSTLY = dict(step_seconds_per_sequence=2**-5, step_seconds_per_context_token=2*
 
 
 def setup(schedule: str = 'stream', **changes) -> Setup:
-    tree = {
-        key: changes.pop(key) for key in list(changes) if key in {*TreeConfig.model_fields, *PLACES} and key != 'seed'
-    }
+    of_trees = {*TreeConfig.model_fields, *PLACES, 'stop_at_repetition'} - {'seed'}
+    tree = {key: changes.pop(key) for key in list(changes) if key in of_trees}
     config = flat(**{'segment_length': 8, 'max_depth': 4, **tree})
     values = dict(prompts=3, width=4, prompt_tokens=6, lengths=LengthDistribution.fixed(config.max_response_tokens))
     return Setup(config, schedule, **{**values, **changes})
