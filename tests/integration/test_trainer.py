@@ -434,6 +434,16 @@ def probed_trainer(servers: ProbedServers, trainer_dtype: str) -> Any:
     return trainer
 
 
+def test_a_server_that_grows_trees_no_more_is_named():
+    class Restarted(ProbedServers):
+        def infer(self, *args: Any, **kwargs: Any) -> list[Any]:
+            return [*super().infer(*args, **kwargs)[:1], SimpleNamespace(rollout_infos={})]
+
+    trainer = probed_trainer(Restarted(), 'torch.float32')
+    with pytest.raises(WeightSyncError, match='http://b grew trees when the training started'):
+        trainer._verify_weight_sync(trainer._sync_proof)
+
+
 def test_every_sync_is_compared_on_every_server_and_timed():
     servers = ProbedServers()
     trainer = probed_trainer(servers, 'torch.float32')

@@ -26,7 +26,7 @@ from treepo_swift.wire.report import FAILURE_KEY, REPORT_KEY, TreeReport
 from .metrics import EvaluationFailures, RolloutRound, tree_metrics
 from .rewards import find_reward_fault, set_missing_gym_rewards, settle_placeholders, spread_over_tokens
 from .rollout import probe_servers, rollout_note
-from .weight_sync import MAX_PROBE_TOKENS, PROBE_TEXT, WeightSyncProof
+from .weight_sync import MAX_PROBE_TOKENS, PROBE_TEXT, WeightSyncError, WeightSyncProof
 
 logger = get_logger()
 
@@ -197,6 +197,11 @@ class TreeGRPOTrainer(GRPOTrainer):
         def compare() -> WeightSyncProof:
             answers = asked.result()
             for url, answer in zip(self.vllm_client.base_urls, answers, strict=True):
+                if answer is None:
+                    raise WeightSyncError(
+                        f'{url} grew trees when the training started and does not any more: was it restarted without '
+                        '--external_plugins or --multi_turn_scheduler?'
+                    )
                 dtype = answer['engine'].get('dtype')
                 proof.check(ours, answer['logprobs'], url=url, dtype=dtype, step=self.state.global_step)
             return proof
