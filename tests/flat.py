@@ -57,7 +57,7 @@ READ_BY = {
 
 def flat(**keys: Any) -> TreeConfig:
     """Keys at their old places go where they are now; those that the chosen policy never read are left out."""
-    return TreeConfig(**_nested({'stop_at_repetition': True, **keys}))
+    return TreeConfig(**_nested({'stop_at_repetition': True, 'answer_needs_eos': False, **keys}))
 
 
 def changed(config: TreeConfig, **keys: Any) -> TreeConfig:

@@ -19,7 +19,7 @@ from treepo_swift.config.sources import merged
 from treepo_swift.core.search import SegmentRequest
 from treepo_swift.core.tree import StopReason, response_ids
 
-BASE: dict[str, Any] = {'segment_length': 16, 'max_depth': 5, 'stop': {'repetition': 'none'}}
+BASE: dict[str, Any] = {'segment_length': 16, 'max_depth': 5, 'stop': {'answer': {'needs_eos': False}, 'repetition': 'none'}}
 WIDTH = 12
 TOP_KEYS = ('segment_length', 'max_depth', 'divergence', 'root_divergence', 'pacing')
 ROOT = Path(__file__).parents[2]

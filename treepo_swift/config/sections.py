@@ -253,8 +253,9 @@ else:
 
 
 class _Answer(Section):
-    needs_eos: Flag = False
-    """An answer does not stop a path; EOS after it does, and then counts as an answer."""
+    needs_eos: Flag = True
+    """A path with an answer goes on to EOS, and ends as answered. `false` stops it at the end of the segment that holds
+    the answer, often in mid-sentence, and trains on it as if it had ended."""
     after: Literal['keep', 'cut'] = 'keep'
     """Whether a path that stopped at an answer keeps the rest of that segment, or is cut after the token that completes
     the answer."""
