@@ -6,6 +6,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 SCHEDULER=${SCHEDULER-treepo}
 export TREEPO_CONFIG=${TREEPO_CONFIG:-$here/tree.yaml}
+eval "$(python -m treepo_swift.compat.cpu)"  # beside vLLM's CPU build: torch shall use neither GPU nor NCCL
 
 swift rollout \
     --model "${MODEL:?path of the model}" \

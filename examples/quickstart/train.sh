@@ -4,6 +4,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export TREEPO_CONFIG=${TREEPO_CONFIG:-$here/tree.yaml}
+eval "$(python -m treepo_swift.compat.cpu)"  # beside vLLM's CPU build: torch shall use neither GPU nor NCCL
 REWARD_FUNCS=${REWARD_FUNCS-digit_sum}
 
 swift rlhf \

@@ -105,7 +105,8 @@ def test_training_on_trees(serve, train, model, tmp_path, capsys):
     evaluated = [
         row for row in map(json.loads, (out / 'logging.jsonl').read_text().splitlines()) if 'eval_reward' in row
     ]
-    assert evaluated and not any(key.startswith(('tree/', 'eval_tree/')) for row in evaluated for key in row)
+    assert evaluated and all(float(row['eval_tree/failures']) == 0 for row in evaluated)
+    assert {key for row in evaluated for key in row if 'tree/' in key} == {'eval_tree/failures'}
     share = median(row['tree/scheduler_cpu_share'] for row in rows)
     with capsys.disabled():
         print(

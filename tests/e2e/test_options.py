@@ -50,6 +50,19 @@ def say_engine(self, *args, **kwargs):
 TreeGRPOTrainer._move_model_to_vllm = say_engine
 """
 
+ALWAYS_FAILS = """
+from swift.rollout import multi_turns
+from treepo_swift.server.scheduler import TreeRolloutScheduler
+
+
+class Fails(TreeRolloutScheduler):
+    def check_segment(self, path, text):
+        raise KeyError('no such tool')
+
+
+multi_turns['always_fails'] = Fails
+"""
+
 SMALL = (
     '--per_device_train_batch_size 32 --reward_funcs digit_sum soft_overlong --soft_cache_length 120 --save_strategy no'
 )
@@ -277,7 +290,8 @@ def test_dynamic_sample(case):
 @pytest.mark.parametrize('case', ['evaluation', 'async_evaluation'], indirect=True)
 def test_evaluation_samples_independently(case):
     evaluated = [row for row in read_rows(case['directory']) if 'eval_reward' in row]
-    assert evaluated and not any(key.startswith('eval_tree/') for row in evaluated for key in row)
+    assert evaluated and all(row['eval_tree/failures'] == 0 for row in evaluated)
+    assert {key for row in evaluated for key in row if key.startswith('eval_tree/')} == {'eval_tree/failures'}
 
 
 def test_eval_trees(case):
@@ -328,6 +342,36 @@ def test_two_processes(port, environment, tmp_path, flags, engine):
     assert f'trained by {engine}' in result.stdout
     rows = check_training(tmp_path / 'train', steps=2, trees=3)
     assert all('tree/sync_gap' in row for row in rows)
+
+
+def test_a_server_that_always_fails_ends_async_generate_on_all_ranks(environment, tmp_path):
+    from tests.e2e.conftest import QUICKSTART, ROOT, Service, free_port
+
+    (tmp_path / 'fails.py').write_text(ALWAYS_FAILS)
+    (tmp_path / 'reward.py').write_text(REWARD)
+    plugins = ['--external_plugins', str(ROOT / 'plugin' / 'treepo_plugin.py'), str(tmp_path / 'fails.py')]
+    port = free_port()
+    with Service(
+        'The rollout server',
+        ['bash', str(QUICKSTART / 'rollout.sh'), *plugins],
+        log=tmp_path / 'rollout.log',
+        env={**environment, 'PORT': str(port), 'SCHEDULER': 'always_fails'},
+    ) as service:
+        service.wait_for_health(port, timeout=400)
+        result = train(
+            port,
+            environment,
+            tmp_path,
+            *f'{SMALL} --per_device_train_batch_size 16 --async_generate true'.split(),
+            *'--use_cpu true --ddp_backend gloo'.split(),
+            NPROC_PER_NODE='2',
+            OMP_NUM_THREADS='1',
+            STEPS='3',
+        )
+    said = result.stdout + result.stderr
+    assert result.returncode != 0
+    assert 'Fails.check_segment' in said and 'no such tool' in said
+    assert 'Async rollout failed on rank 0: RuntimeError: Multiple errors' in said, 'the other rank knows why it ended'
 
 
 def run_all(argv: list[str], folder: Path) -> None:

@@ -10,7 +10,7 @@ from swift.template.utils import get_token_backed_response_ids
 
 from tests.builders import EOS, decode, sample
 from treepo_swift.core.search import Segment
-from treepo_swift.server.engine import EngineInfo, Place, Prompt
+from treepo_swift.server.engine import EngineInfo, Placement, Prompt
 
 SEPARATOR = ord('|')
 
@@ -43,7 +43,7 @@ class FakeEngine:
         self.speak = speak or sample
         self.fails = fails
         self.inputs: list[list[int]] = []
-        self.places: list[Place] = []
+        self.places: list[Placement] = []
         self.prompts: list[Prompt] = []
         self.requests = 0
         self.running = 0
@@ -73,9 +73,9 @@ class FakeEngine:
         max_tokens: int,
         segment_tokens: int,
         seed: int | None,
-        place: Place,
+        placement: Placement,
     ) -> AsyncGenerator[Segment, None]:
-        self.places.append(place)
+        self.places.append(placement)
         self.prompts.append(prompt)
         self.requests += 1
         self.running += 1

@@ -113,6 +113,40 @@ def test_a_group_of_one_and_evaluation_are_plain_sampling():
     assert len(single.response_token_ids[0]) == 64 and tree_of(single)['depth'] == 1
 
 
+def test_evaluation_ends_where_training_paths_end_and_takes_the_trainers_hook_deadline():
+    def talk_on(context, max_tokens, seed):
+        return Segment([97] * max_tokens, [-1.0] * max_tokens)
+
+    class Slow(TreeRolloutScheduler):
+        def check_finished(self, infer_request, response_choice, current_turn):
+            time.sleep(0.3 if 'slow' in infer_request.messages[0]['content'] else 0)
+            return True
+
+    hasty = dataclasses.replace(CONFIG, hook_timeout=0.1, branching='entropy', max_failure_fraction=1.0)
+    target = scheduler(FakeEngine(speak=talk_on), Slow)
+    asked: list[int] = []
+    begin_batch = target._engine.begin_batch
+
+    async def watch(request_config, *, top_logprobs=0):
+        asked.append(top_logprobs)
+        await begin_batch(request_config, top_logprobs=top_logprobs)
+
+    target._engine.begin_batch = watch
+    healthy, slow = rollout(requests('a', 'slow', mode='independent', config=hasty), target, max_tokens=200)
+    assert len(healthy.response_token_ids[0]) == CONFIG.max_response_tokens == 64
+    assert 'hook_timeout=0.1' in slow.rollout_infos['tree_failure'] and 'tree_failure' not in healthy.rollout_infos
+    assert asked == [0], 'nobody forks in an evaluation'
+    (without_config,) = rollout(
+        [RolloutInferRequest(messages=[{'role': 'user', 'content': 'a'}], data_dict={'treepo': BARE_EVALUATION})],
+        target,
+        max_tokens=200,
+    )
+    assert len(without_config.response_token_ids[0]) == 200
+
+
+BARE_EVALUATION = RequestNote(mode='independent').to_dict()
+
+
 def test_one_seed_one_batch_and_request_order_only_permutes():
     batch = requests(*'aabbaabb')
     first, again = rollout(batch, seed=7), rollout(batch, seed=7)
@@ -530,7 +564,8 @@ def test_an_answer_detector_that_raises_fails_only_its_paths():
     config = flat(segment_length=16, answer='test_odd', max_failure_fraction=1.0)
     outputs = rollout(requests('prompt', 'prompt', config=config), scheduler(words('some text')))
     assert [tree_of(o)['stop'] for o in outputs] == ['failed'] * 2
-    assert "answer: test_odd: raised KeyError: 'odd'" in tree_of(outputs[0])['error']
+    assert "stop.answer.detector='test_odd' on segment 1 of path" in tree_of(outputs[0])['error']
+    assert "raised KeyError: 'odd'" in tree_of(outputs[0])['error']
 
 
 @pytest.mark.parametrize(

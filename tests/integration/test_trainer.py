@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,12 @@ import pytest
 
 torch = pytest.importorskip('torch')
 pytest.importorskip('swift')
+
+from swift.utils import get_logger
+
+from treepo_swift.config import TreeConfig
+from treepo_swift.trainer.weight_sync import WeightSyncError
+from treepo_swift.wire.note import RequestNote
 
 T = 12
 """Width of the completion region of every batch below."""
@@ -34,6 +41,17 @@ PROGRESS = [[0.25, 0.5], [0.25, -0.5], [-0.25, 0.0], [-0.25, 0.0]]
 """What each node is worth more than its parent, where only A is right."""
 
 
+@contextmanager
+def listening(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """swift's logger does not hand its records on to the root's."""
+    logger = get_logger()
+    logger.addHandler(caplog.handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
 def build_trainer(
     reports: Sequence[dict[str, Any] | None],
     rewards: Callable[..., list[Any]] | Sequence[Any],
@@ -50,6 +68,7 @@ def build_trainer(
     from swift.rl_core.data import GRPOSample
 
     from tests.flat import flat
+    from treepo_swift.trainer.metrics import EvaluationFailures
     from treepo_swift.trainer.trainer import TreeGRPOTrainer
 
     def reward(completions: list[str], **kwargs: Any) -> list[Any]:
@@ -62,7 +81,8 @@ def build_trainer(
                 tree_config=flat(**(config or {})),
                 grows_trees=grows_trees,
                 _rounds=[],
-                _segments=None,
+                _evaluation_failures=EvaluationFailures(),
+                _segment_advantages=None,
                 args=SimpleNamespace(report_to=[], steps_per_generation=steps),
                 accelerator=SimpleNamespace(
                     device=torch.device('cpu'),
@@ -334,7 +354,131 @@ def test_evaluation_asks_for_trees_only_where_told(training, should_evaluate, ev
     trainer.state.global_step = 5
     note = trainer._request_note()
     assert (note.mode, note.num_generations) == (mode, width)
-    assert mode == 'independent' or (note.step, note.progress) == (5, 0.5)
+    assert note.step == 5 and note.packed
+    assert mode == 'independent' or note.progress == 0.5
+
+
+def test_evaluation_runs_by_the_trainers_config():
+    trainer, _ = build_trainer([], [], config=dict(segment_length=64, max_depth=3, hook_timeout=5))
+    trainer.model.training = False
+    sent = RequestNote.from_dict(trainer._request_note().to_dict())
+    assert sent.mode == 'independent' and sent.tree_config(TreeConfig()) == trainer.tree_config
+
+
+def test_answers_that_failed_in_evaluation_are_counted_and_told(monkeypatch, caplog):
+    from swift.rlhf_trainers import GRPOTrainer
+
+    errors = [None, 'Tools.step of tree a: raised KeyError', 'Tools.step of tree a: raised KeyError', 'no engine']
+
+    def evaluate(trainer: Any) -> Any:
+        for _ in range(2):
+            advantages(trainer, samples)
+        return 'output'
+
+    monkeypatch.setattr(GRPOTrainer, 'evaluation_loop', evaluate)
+    for grows_trees in (True, False):
+        trainer, samples = build_trainer([None] * 4, [1.0, 0, 0, 1], grows_trees=grows_trees)
+        trainer.model.training = False
+        for sample, error in zip(samples, errors, strict=True):
+            sample.rollout_infos.update({} if error is None else {'tree_failure': error})
+        caplog.clear()
+        with listening(caplog):
+            assert trainer.evaluation_loop() == 'output'
+        told = [record.message for record in caplog.records if 'failed on the rollout server' in record.message]
+        assert len(told) == grows_trees
+        if grows_trees:
+            # swift logs the mean of what is in the list, as `eval_tree/failures`.
+            assert trainer._metrics['eval']['tree/failures'] == [6.0]
+            assert '6 of 8 answers' in told[0] and 'Most common cause (4 times): Tools.step of tree a' in told[0]
+        else:
+            assert 'tree/failures' not in trainer._metrics['eval']
+    trainer, samples = build_trainer([None] * 4, [1.0, 0, 0, 1])
+    trainer.model.training = False
+    trainer.evaluation_loop()
+    assert trainer._metrics['eval']['tree/failures'] == [0.0]
+
+
+class ProbedServers:
+    """A client of two servers. The policy has moved by `shift`; the second server is `behind` it by so much."""
+
+    base_urls, num_servers = ['http://a', 'http://b'], 2
+
+    def __init__(self, dtype: str = 'float32') -> None:
+        self.dtype, self.shift, self.behind, self.asked = dtype, 0.0, 0.0, 0
+
+    def scores(self, count: int, shift: float) -> list[float]:
+        return [-1.0 - 0.1 * (index % 7) - shift for index in range(count)]
+
+    def infer(self, requests: list[Any], config: Any, use_tqdm: bool) -> list[Any]:
+        self.asked += 1
+        count = len(requests[0]['data_dict']['treepo']['token_ids']) - 1
+        shifts = [self.shift, self.shift - self.behind]
+        return [
+            SimpleNamespace(
+                rollout_infos={'treepo': {'engine': {'dtype': self.dtype}, 'logprobs': self.scores(count, shift)}}
+            )
+            for shift in shifts
+        ]
+
+
+def probed_trainer(servers: ProbedServers, trainer_dtype: str) -> Any:
+    from accelerate import PartialState
+
+    from treepo_swift.trainer.weight_sync import WeightSyncProof
+
+    PartialState(cpu=True)
+    trainer, _ = build_trainer([], [], vllm_client=servers, _sync_proof=WeightSyncProof([trainer_dtype]))
+    trainer.processing_class = SimpleNamespace(encode=lambda text, add_special_tokens: list(range(64)))
+    trainer._score = lambda ids: servers.scores(len(ids) - 1, servers.shift)
+    return trainer
+
+
+def test_every_sync_is_compared_on_every_server_and_timed():
+    servers = ProbedServers()
+    trainer = probed_trainer(servers, 'torch.float32')
+    for step in range(3):
+        servers.shift = 0.1 * step
+        trainer.state.global_step = step
+        trainer._verify_weight_sync(trainer._sync_proof)
+    metrics = trainer._metrics['train']
+    assert servers.asked == 3 and trainer._sync_proof.proven and metrics['tree/sync_gap'] == [0, 0, 0]
+    assert len(metrics['tree/proof_seconds']) == 3 and all(0 < s < 60 for s in metrics['tree/proof_seconds'])
+    servers.shift, servers.behind = 0.3, 0.1
+    with pytest.raises(WeightSyncError, match='http://b, step 2: the server does not sample from'):
+        trainer._verify_weight_sync(trainer._sync_proof)
+
+
+@pytest.mark.parametrize('dtype, fits', [('bfloat16', True), ('float32', False)])
+def test_the_servers_own_type_says_what_gap_is_possible(dtype, fits):
+    """float32 masters against a bfloat16 server: 0.02 nats apart with equal weights."""
+    servers = ProbedServers(dtype)
+    trainer = probed_trainer(servers, 'torch.float32')
+    servers.behind = 0.02
+    if fits:
+        trainer._verify_weight_sync(trainer._sync_proof)
+        assert not trainer._sync_proof.proven
+    else:
+        with pytest.raises(WeightSyncError, match='already at the first sync'):
+            trainer._verify_weight_sync(trainer._sync_proof)
+
+
+@pytest.mark.parametrize('autocast, coarser', [('no', 'float32'), ('bf16', 'bfloat16'), ('fp16', 'float16')])
+def test_autocast_counts_as_the_trainers_type(autocast, coarser):
+    from treepo_swift.trainer.weight_sync import coarsest
+
+    trainer, _ = build_trainer([], [], model=torch.nn.Linear(1, 1))
+    trainer.accelerator.mixed_precision = autocast
+    assert coarsest(trainer._computing_types()) == coarser
+
+
+def test_paths_that_end_before_the_completion_length_are_told_of_once(caplog):
+    from treepo_swift.trainer.arguments import warn_of_short_paths
+
+    with listening(caplog):
+        for length in (16_384, 16_384, 7_168):
+            warn_of_short_paths(TreeConfig(segment_length=512, max_depth=14), length)
+    (told,) = [record.message for record in caplog.records]
+    assert '14 x 512 = 7168 tokens' in told and '--max_completion_length 16384' in told and 'evaluation' in told
 
 
 def options(**changes: Any) -> SimpleNamespace:

@@ -16,7 +16,7 @@ from vllm.logprobs import FlatLogprobs
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from treepo_swift.core.tree import StopReason
-from treepo_swift.server.engine import EngineError, Place, Prompt
+from treepo_swift.server.engine import EngineError, Placement, Prompt
 from treepo_swift.server.vllm_engine import VllmSegmentEngine
 
 
@@ -34,7 +34,7 @@ class Vllm:
 
     def __init__(self, *, ranks: int, policy: str, length: int = 10**6, gone_after: int = 10**6) -> None:
         self.vllm_config = SimpleNamespace(
-            model_config=SimpleNamespace(max_model_len=1000, max_logprobs=20),
+            model_config=SimpleNamespace(max_model_len=1000, max_logprobs=20, dtype='torch.bfloat16'),
             cache_config=SimpleNamespace(block_size=16, num_gpu_blocks=100),
             parallel_config=SimpleNamespace(data_parallel_size=ranks),
             scheduler_config=SimpleNamespace(policy=policy),
@@ -102,7 +102,7 @@ def sample(
     take: int = 10**6,
     top: int = 0,
     stop: list[str] | None = None,
-    place: Place | None = None,
+    placement: Placement | None = None,
 ):
     async def run():
         await target.begin_batch(RequestConfig(temperature=1.0, stop=stop), top_logprobs=top)
@@ -113,7 +113,7 @@ def sample(
             max_tokens=max_tokens,
             segment_tokens=segment_tokens,
             seed=9,
-            place=place or Place(),
+            placement=placement or Placement(),
         )
         async for segment in stream:
             segments.append(segment)
@@ -169,7 +169,7 @@ def test_no_text_is_decoded_where_nobody_reads_it():
 def test_a_tree_stays_on_its_rank_and_priority_is_given_where_the_engine_takes_it():
     for ranks, policy, options in [(1, 'fcfs', (0, None)), (2, 'fcfs', (0, 1)), (1, 'priority', (7, None))]:
         target = engine(ranks, policy)
-        sample(target, 32, 32, place=Place(rank=1, priority=7))
+        sample(target, 32, 32, placement=Placement(rank=1, priority=7))
         given = target._vllm.asked[0][3]
         assert (given['priority'], given['data_parallel_rank']) == options
         assert target.info.kv_tokens == 1600 // ranks

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treepo_swift.server.admission import Admission, Forecast
-from treepo_swift.server.tasks import Nursery, all_or_cancel
+from treepo_swift.server.concurrency import BackgroundTasks, all_or_cancel, task_group
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=30), st.integers(1, 4), st.sampled_from([0, 50, 100]))
@@ -19,13 +19,13 @@ def test_ranks_hold_no_more_than_fits_and_everybody_gets_a_place(sizes, ranks, c
     load, order = [0] * ranks, []
 
     async def tree(admission: Admission, tokens: int) -> None:
-        async with admission.place(lambda: tokens) as place:
-            order.append(place.priority)
-            load[place.rank] += tokens
+        async with admission.admitted(lambda: tokens) as placement:
+            order.append(placement.priority)
+            load[placement.rank] += tokens
             # A tree that fits nowhere has its rank for itself.
-            assert not capacity or load[place.rank] <= max(capacity, tokens)
+            assert not capacity or load[placement.rank] <= max(capacity, tokens)
             await asyncio.sleep(0)
-            load[place.rank] -= tokens
+            load[placement.rank] -= tokens
 
     async def batch() -> None:
         admission = Admission(ranks=ranks, kv_tokens=capacity)
@@ -40,7 +40,7 @@ def test_trees_are_spread_over_the_ranks_by_tokens():
     async def ranks() -> list[int]:
         admission, stack, taken = Admission(ranks=2, kv_tokens=0), AsyncExitStack(), []
         for tokens in (10, 4, 4, 4):
-            taken.append((await stack.enter_async_context(admission.place(lambda t=tokens: t))).rank)
+            taken.append((await stack.enter_async_context(admission.admitted(lambda t=tokens: t))).rank)
         await stack.aclose()
         return taken
 
@@ -50,8 +50,12 @@ def test_trees_are_spread_over_the_ranks_by_tokens():
 def test_trees_of_unknown_size_are_spread_too():
     async def ranks() -> list[int]:
         admission = Admission(ranks=2, kv_tokens=0)
-        async with admission.place(lambda: 0) as a, admission.place(lambda: 0) as b, admission.place(lambda: 0) as c:
-            return [place.rank for place in (a, b, c)]
+        async with (
+            admission.admitted(lambda: 0) as a,
+            admission.admitted(lambda: 0) as b,
+            admission.admitted(lambda: 0) as c,
+        ):
+            return [placement.rank for placement in (a, b, c)]
 
     assert asyncio.run(ranks()) == [0, 1, 0]
 
@@ -59,10 +63,10 @@ def test_trees_of_unknown_size_are_spread_too():
 def test_a_tree_that_is_cancelled_while_it_waits_leaves_no_trace():
     async def batch() -> int:
         admission = Admission(ranks=1, kv_tokens=10)
-        async with admission.place(lambda: 10):
+        async with admission.admitted(lambda: 10):
 
             async def wait() -> None:
-                async with admission.place(lambda: 10):
+                async with admission.admitted(lambda: 10):
                     raise AssertionError('no room')
 
             task = asyncio.ensure_future(wait())
@@ -71,8 +75,8 @@ def test_a_tree_that_is_cancelled_while_it_waits_leaves_no_trace():
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-        async with admission.place(lambda: 10) as place:
-            return place.priority
+        async with admission.admitted(lambda: 10) as placement:
+            return placement.priority
 
     assert asyncio.run(batch()) == 2
 
@@ -82,26 +86,47 @@ def test_forecasts_follow_what_was_seen():
     assert forecast.decoded_tokens(unknown=500) == 500
     forecast.learn(100)
     assert forecast.decoded_tokens(unknown=500) == 100
-    for _ in range(50):
-        forecast.learn(200)
-    assert 190 < forecast.decoded_tokens(unknown=500) <= 200
+    forecast.learn(200)
+    assert forecast.decoded_tokens(unknown=500) == 110
 
 
-def test_a_nursery_waits_for_tasks_that_its_tasks_start():
+def test_a_group_waits_for_tasks_that_its_tasks_start():
     done = []
 
-    async def task(nursery: Nursery, depth: int) -> None:
+    async def task(group: asyncio.TaskGroup, depth: int) -> None:
         await asyncio.sleep(0)
         if depth:
-            nursery.start(task(nursery, depth - 1))
+            group.create_task(task(group, depth - 1))
         done.append(depth)
 
     async def run() -> None:
-        async with Nursery() as nursery:
-            nursery.start(task(nursery, 3))
+        async with task_group() as group:
+            group.create_task(task(group, 3))
 
     asyncio.run(run())
     assert sorted(done) == [0, 1, 2, 3]
+
+
+def test_background_tasks_end_with_who_waits_for_them():
+    ended = []
+
+    async def background() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    async def run() -> None:
+        tasks = BackgroundTasks()
+        tasks.start(background())
+        waiting = asyncio.ensure_future(tasks.finish())
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert waiting.cancelled() and ended == [True]
+        await tasks.finish()
+
+    asyncio.run(run())
 
 
 def test_an_error_in_one_task_ends_the_others_and_comes_out_as_it_is():

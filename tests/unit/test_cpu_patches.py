@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ TARGETS: list[tuple[Callable[[], None], str, str]] = [
     (cpu.patch_weight_broadcast, 'vllm.distributed.device_communicators.pynccl:PyNcclCommunicator', 'broadcast'),
     (cpu.patch_deepspeed_backend, 'accelerate.state:PartialState', '_prepare_backend'),
     (cpu.patch_weight_packing, 'vllm.model_executor.layers.utils', 'dispatch_cpu_unquantized_gemm'),
+    (cpu.patch_idle_spin, 'vllm.distributed.device_communicators.shm_broadcast:SpinCondition', '__init__'),
 ]
 IDS = [f'{owner}.{name}' for _, owner, name in TARGETS]
 
@@ -122,6 +124,26 @@ def test_environment_defaults_keep_what_the_user_set(keep: pytest.MonkeyPatch) -
     assert os.environ['VLLM_PLUGINS'] == 'mine,treepo_cpu' and os.environ['VLLM_CPU_KVCACHE_SPACE'] == '7'
 
 
+def test_only_beside_the_cpu_build_are_gpu_and_nccl_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {'vllm-cpu'}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise cpu.importlib.metadata.PackageNotFoundError(name)
+        return '0.32.0'
+
+    monkeypatch.setattr(cpu.importlib.metadata, 'version', version)
+    assert cpu.environment() == {'VLLM_DISABLE_PYNCCL': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    installed.clear()
+    assert cpu.environment() == {}
+
+
+def test_scripts_take_the_environment_over() -> None:
+    command = f'eval "$({sys.executable} -m treepo_swift.compat.cpu)"; env'
+    done = subprocess.run(['bash', '-c', command], capture_output=True, text=True, check=True)
+    assert {f'{name}={value}' for name, value in cpu.environment().items()} <= set(done.stdout.splitlines())
+
+
 def test_an_uninstalled_package_is_an_error(keep: pytest.MonkeyPatch) -> None:
     keep.setattr(cpu.importlib.metadata, 'entry_points', lambda group: [])
     with pytest.raises(RuntimeError, match='pip install'):
@@ -159,6 +181,36 @@ def test_an_enabled_communicator_keeps_its_own_broadcast(keep: pytest.MonkeyPatc
     assert calls == [('tensor', 1, 's')]
 
 
+def test_an_idle_reader_of_vllms_queue_leaves_the_core(keep: pytest.MonkeyPatch) -> None:
+    """vLLM's own reader would spin for a second; a message still reaches one that sleeps."""
+    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+
+    def cpu_seconds_of(reader: MessageQueue) -> float:
+        began = time.thread_time()
+        with pytest.raises(TimeoutError):
+            reader.dequeue(timeout=0.5)
+        return time.thread_time() - began
+
+    def connect() -> tuple[MessageQueue, MessageQueue]:
+        writer = MessageQueue(n_reader=1, n_local_reader=1)
+        with ThreadPoolExecutor(1) as pool:
+            ready = pool.submit(writer.wait_until_ready)
+            reader = MessageQueue.create_from_handle(writer.export_handle(), 0)
+            reader.wait_until_ready()
+            ready.result(timeout=60)
+        return writer, reader
+
+    _, spinning = connect()
+    cpu.patch_idle_spin()
+    writer, sleeping = connect()
+    assert cpu_seconds_of(sleeping) < cpu_seconds_of(spinning) / 3
+    with ThreadPoolExecutor(1) as pool:
+        received = pool.submit(sleeping.dequeue, timeout=60)
+        time.sleep(10 * cpu.SPIN_SECONDS)
+        writer.enqueue('weights')
+        assert received.result(timeout=60) == 'weights'
+
+
 def weights() -> list[Any]:
     """What a sync sends: a large tensor, one that is not contiguous, a scalar, an empty one."""
     return [
@@ -177,6 +229,8 @@ def test_weights_reach_every_rank(keep: pytest.MonkeyPatch, world_size: int) -> 
     from vllm.utils.network_utils import get_open_port
 
     port, src = get_open_port(), world_size - 1
+    for name, value in cpu.environment().items():
+        keep.setenv(name, value)
 
     def connect(rank: int) -> Any:
         group = StatelessProcessGroup.create(host='127.0.0.1', port=port, rank=rank, world_size=world_size)

@@ -10,8 +10,7 @@ import pytest
 from treepo_swift.compat import versions
 from treepo_swift.core.tree import StopReason, TreeStats
 from treepo_swift.server.grouping import group_requests
-from treepo_swift.trainer.metrics import tree_metrics
-from treepo_swift.trainer.weight_sync import WeightSyncError, WeightSyncProof
+from treepo_swift.trainer.metrics import EvaluationFailures, RolloutRound, tree_metrics
 from treepo_swift.wire.note import RequestNote
 from treepo_swift.wire.report import BatchReport, TreeReport
 
@@ -56,24 +55,6 @@ def test_request_notes_survive_the_wire():
         RequestNote.from_dict(RequestNote(mode='forest').to_dict())
 
 
-def test_weight_sync_is_proven_only_once_the_policy_has_moved():
-    proof = WeightSyncProof('torch.float32')
-    proof.check([-1.0, -2.0], [-1.0, -2.0], where='s')
-    assert not proof.proven
-    proof.check([-1.001, -2.001], [-1.0, -2.0], where='s')
-    assert not proof.proven
-    proof.check([-1.1, -2.1], [-1.1, -2.1], where='s')
-    assert proof.proven and proof.drift == pytest.approx(0.1)
-
-
-@pytest.mark.parametrize('server', [[-1.0, -2.0], [float('nan'), -2.1], [-1.1]])
-def test_a_server_that_stays_behind_stops_the_run(server):
-    proof = WeightSyncProof('torch.float32')
-    proof.check([-1.0, -2.0], [-1.0, -2.0], where='s')
-    with pytest.raises(WeightSyncError, match='http://x, step 1'):
-        proof.check([-1.1, -2.1], server, where='http://x, step 1')
-
-
 def test_metrics_of_a_batch():
     stats = TreeStats(decoded_tokens=60, trajectory_tokens=100, engine_requests=7, forks=3, fallbacks=1)
     batch = BatchReport(seconds=2.0, scheduler_cpu_seconds=0.1, hung_hooks=2)
@@ -84,11 +65,19 @@ def test_metrics_of_a_batch():
         TreeReport('t', [], [], StopReason.FAILED, 0),
     ]
     assert [TreeReport.from_dict(report.to_dict()) for report in reports] == reports
-    metrics = tree_metrics(reports, [1.0, 1.0, 0.0, 0.0])
+    metrics = tree_metrics([RolloutRound(reports, [1.0, 1.0, 0.0, 0.0])])
     assert metrics['tree/saved_tokens'] == 40 and metrics['tree/saved_fraction'] == pytest.approx(0.4)
     assert metrics['tree/stop/answer'] == 0.25 and metrics['tree/depth'] == 1.25
     assert metrics['tree/flat_trees'] == 0 and metrics['tree/flat_subgroups'] == 1
     assert metrics['tree/scheduler_cpu_share'] == pytest.approx(0.05) and metrics['tree/hung_hooks'] == 2
+
+
+def test_failures_of_an_evaluation_are_counted_by_kind():
+    failures = EvaluationFailures()
+    failures.add([None, 'Tools.step on segment 1 of path 2 of tree a7: raised KeyError: x', None])
+    failures.add(['no engine', 'Tools.step on segment 1 of path 9 of tree b3: raised KeyError: x'])
+    said = failures.describe()
+    assert '3 of 5 answers' in said and '(2 times): Tools.step on segment 1 of path 2 of tree a7' in said
 
 
 def test_bench_times_every_estimator():

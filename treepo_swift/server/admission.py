@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from .engine import Place
+from .engine import Placement
 
 KV_SHARE = 0.5
 """Of a tree's final tokens, what is set aside for it: it is small for most of its life. Simulated with too little KV
@@ -15,7 +15,7 @@ cache, setting all of them aside was slower in each of four cases."""
 
 
 class Admission:
-    """Hands out places to the trees of a batch, in the order in which they ask.
+    """Lets the trees of a batch grow, in the order in which they ask.
 
     A tree is pinned to the rank with the fewest tokens on it, so that its forks find their prefix in that rank's KV
     cache. It waits while its expected tokens do not fit beside those of the trees that grow there: past that point
@@ -32,12 +32,12 @@ class Admission:
 
     @property
     def waiting(self) -> int:
-        """Trees that wait for a place."""
+        """Trees that wait."""
         return len(self._waiting)
 
     @asynccontextmanager
-    async def place(self, expected_tokens: Callable[[], int]) -> AsyncIterator[Place]:
-        """A place for a tree; older trees have the lower priority number.
+    async def admitted(self, expected_tokens: Callable[[], int]) -> AsyncIterator[Placement]:
+        """Wait until a tree may grow, and where; older trees have the lower priority number.
 
         `expected_tokens` is asked when the tree's turn comes: what was learned of trees that are done counts.
         """
@@ -53,7 +53,7 @@ class Admission:
             raise
         self._entered += 1
         try:
-            yield Place(rank, self._entered)
+            yield Placement(rank, self._entered)
         finally:
             self._release(rank, tokens)
 

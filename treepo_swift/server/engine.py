@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 class EngineError(RuntimeError):
     """The engine gave no usable answer to one request."""
 
+    def __init__(self, message: str, *, kind: str = 'the engine gave no usable answer') -> None:
+        """`kind` is what errors have in common that are counted together."""
+        super().__init__(message)
+        self.kind = kind
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -29,7 +34,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Placement:
     """Where and how urgently a tree's requests run."""
 
     rank: int = 0
@@ -52,6 +57,8 @@ class EngineInfo:
     """Data-parallel ranks."""
     kv_tokens: int = 0
     """Tokens that the KV cache of one rank holds; 0 where that is not known."""
+    dtype: str = ''
+    """In which it computes, 'float32' for instance; empty where that is not known."""
 
 
 class SegmentEngine(Protocol):
@@ -75,7 +82,7 @@ class SegmentEngine(Protocol):
         max_tokens: int,
         segment_tokens: int,
         seed: int | None,
-        place: Place,
+        placement: Placement,
     ) -> AsyncGenerator[Segment, None]:
         """Sample up to `max_tokens` after ``prompt.token_ids + response_ids``, as segments of `segment_tokens`.
 

@@ -1,16 +1,27 @@
-"""Which requests of a batch grow in one tree."""
+"""Reads the requests of a batch: what the trainer said with them, and which of them grow in one tree."""
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from swift.infer_engine.protocol import RolloutInferRequest
+
+from treepo_swift.wire.note import REQUEST_KEY, RequestNote
+
+from .outputs import RolloutError
+
+SWIFT_PLACEHOLDER = [{'role': 'user', 'content': '<placeholder>'}]
+"""What swift sends to a server that has no requests this time, to ignore the answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Requests that share a tree: positions in the batch, and what makes the tree's seed its own."""
+    """Requests that share a tree: positions in the batch, and which of its prompt's trees it is."""
 
     members: tuple[int, ...]
     key: str
@@ -18,9 +29,53 @@ class Group:
     """0 for the first tree of this prompt in the batch, 1 for the second, ..."""
 
 
-def prompt_key(**parts: Any) -> str:
-    """One string for everything that makes two requests the same prompt (messages, media, tools, data)."""
+def read_requests(
+    infer_requests: Sequence[RolloutInferRequest | dict[str, Any]], *, require_trainer: bool
+) -> tuple[list[RolloutInferRequest], list[RequestNote]]:
+    """Copies of the requests without the trainer's notes, and the notes. Raises `RolloutError` for a missing one."""
+    requests = [RolloutInferRequest(**r) if isinstance(r, dict) else copy.copy(r) for r in infer_requests]
+    return requests, [_take_note(request, require_trainer) for request in requests]
+
+
+def _take_note(request: RolloutInferRequest, require_trainer: bool) -> RequestNote:
+    """Remove the trainer's note from the request; what is left of `data_dict` is the dataset's."""
+    request.data_dict = dict(request.data_dict or {})
+    values = request.data_dict.pop(REQUEST_KEY, None)
+    if values is not None:
+        return RequestNote.from_dict(values)
+    if request.messages == SWIFT_PLACEHOLDER:
+        return RequestNote(mode='independent')
+    if require_trainer:
+        raise RolloutError(
+            'This rollout server grows trees, but the request was not sent by TreeGRPOTrainer: the trainer runs '
+            'without the plugin and would train on trees with flat advantages. Add the same --external_plugins '
+            'file to `swift rlhf` (`treepo-swift plugin` prints its path), or set '
+            'TREEPO_CHECKS__REQUIRE_TRAINER=false on the server if that is what you want.'
+        )
+    return RequestNote()
+
+
+def prompt_text(request: RolloutInferRequest) -> str:
+    """All that makes two requests the same prompt (messages, media, tools, data); it seeds the prompt's trees.
+
+    It may be megabytes, where images are sent as text: keep `prompt_key` of it.
+    """
+    parts = {
+        'messages': request.messages,
+        'images': request.images,
+        'audios': request.audios,
+        'videos': request.videos,
+        'tools': request.tools,
+        'objects': request.objects,
+        'template': request.chat_template_kwargs,
+        'data': request.data_dict,
+    }
     return json.dumps(parts, sort_keys=True, default=str, ensure_ascii=False)
+
+
+def prompt_key(request: RolloutInferRequest) -> str:
+    """A digest of `prompt_text`, to keep."""
+    return hashlib.blake2b(prompt_text(request).encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()
 
 
 def group_requests(keys: Sequence[str], num_generations: Sequence[int | None]) -> list[Group]:
@@ -35,6 +90,6 @@ def group_requests(keys: Sequence[str], num_generations: Sequence[int | None]) -
     groups = []
     for (key, size), members in positions.items():
         step = size or len(members)
-        for copy, begin in enumerate(range(0, len(members), step)):
-            groups.append(Group(tuple(members[begin : begin + step]), key, copy))
+        for copy_, begin in enumerate(range(0, len(members), step)):
+            groups.append(Group(tuple(members[begin : begin + step]), key, copy_))
     return groups

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 from swift.infer_engine.protocol import (
@@ -16,11 +15,11 @@ from swift.infer_engine.protocol import (
     UsageInfo,
 )
 
-from treepo_swift.core.tree import Path, StopReason, Tree, response_ids, response_logprobs
+from treepo_swift.core.tree import Path, StopReason, Tree, response_ids, sampled_tokens
 from treepo_swift.wire.note import REQUEST_KEY
-from treepo_swift.wire.report import REPORT_KEY, BatchReport, TreeReport
+from treepo_swift.wire.report import FAILURE_KEY, MAX_ERROR, REPORT_KEY, BatchReport, TreeReport
 
-from .replies import Turn, data_of
+from .replies import Response, Turn, data_of, ended_turn, loss_tokens
 
 if TYPE_CHECKING:
     from .engine import Prompt, SegmentEngine
@@ -67,7 +66,7 @@ class PlainOutputs:
 
 
 class ResponseMask(Protocol):
-    """`MultiTurnScheduler.get_response_token_data`: adds the template's response prefix, masked, to sampled ids."""
+    """`MultiTurnScheduler.get_response_token_data`: adds the tokens with which the template begins every reply."""
 
     def __call__(
         self, request: RolloutInferRequest, choice: ChatCompletionResponseChoice, *, response_token_ids: list[int]
@@ -78,15 +77,15 @@ class OutputWriter:
     """Writes outputs with one engine's template."""
 
     def __init__(self, engine: SegmentEngine, mask: ResponseMask, filler_token: int) -> None:
-        """`filler_token` is the one masked token of a placeholder: swift needs a response to encode."""
+        """`filler_token` is the one token of a placeholder."""
         self._engine = engine
         self._mask = mask
         self._filler_token = filler_token
 
-    def prefix(self, request: RolloutInferRequest) -> tuple[list[int], list[int]]:
-        """Tokens with which the template begins every reply, and their mask: it is all 0."""
+    def prefix(self, request: RolloutInferRequest) -> list[int]:
+        """Tokens with which the template begins every reply."""
         choice = ChatCompletionResponseChoice(0, ChatMessage('assistant', ''), 'stop')
-        return self._mask(request, choice, response_token_ids=[])
+        return self._mask(request, choice, response_token_ids=[])[0]
 
     def choice(self, prompt: Prompt, ids: list[int], stop: StopReason) -> ChatCompletionResponseChoice:
         """The assistant message of a response, as reward functions and hooks see it."""
@@ -109,37 +108,34 @@ class OutputWriter:
         prompt: Prompt,
         tree: Tree,
         index: int,
-        prefix: tuple[list[int], list[int]],
+        prefix: list[int],
         with_report: bool,
     ) -> RolloutOutput:
         path = tree.trajectories[index]
-        turn = None if path.stop.is_placeholder else data_of(path.leaf).ended
-        logprobs = response_logprobs(path.leaf)
+        turn = ended_turn(path)
         infos: dict[str, Any] = {'num_turns': 1}
         if turn is not None:
-            messages = turn.messages
-            choice = self._last_reply(turn, path)
-            ids, mask, spread = _replies(turn, prefix, logprobs)
+            choice, messages = self._last_reply(turn, path), turn.messages
             infos = {**turn.infos, 'num_turns': turn.number}
         else:
             choice = self.choice(prompt, response_ids(path.leaf), path.stop)
             begun = data_of(tree.root).begins
             before = request.messages if begun is None else begun.request.messages
             messages = [*before, {'role': 'assistant', 'content': choice.message.content}]
-            ids, mask = [prefix[0] + response_ids(path.leaf)], [prefix[1] + [1] * len(logprobs)]
-            spread = [logprobs]
-        if path.stop.is_placeholder:
-            ids, mask = [[self._filler_token]], [[0]]
         if with_report:
-            infos[REPORT_KEY] = TreeReport.of(tree, index, None if turn is None else turn.trained()).to_dict()
-        usage = UsageInfo(len(prompt.token_ids), len(logprobs), len(prompt.token_ids) + len(logprobs))
+            infos[REPORT_KEY] = TreeReport.of(tree, index, loss_tokens(path)).to_dict()
+        elif path.stop is StopReason.FAILED:
+            infos[FAILURE_KEY] = (path.error or 'no cause was given')[:MAX_ERROR]
+        response = Response.of(path, prefix=prefix, filler=self._filler_token)
+        sampled = sampled_tokens(path.leaf)
+        usage = UsageInfo(len(prompt.token_ids), sampled, len(prompt.token_ids) + sampled)
         # All of it is ours and of the right types: validating would copy every list.
         return RolloutOutput.model_construct(
             response=ChatCompletionResponse(self._engine.info.model, [choice], usage, id=request.uuid or tree.id),
             messages=messages,
-            response_token_ids=ids,
-            response_loss_mask=mask,
-            rollout_logprobs=spread,
+            response_token_ids=response.ids,
+            response_loss_mask=response.mask,
+            rollout_logprobs=response.logprobs,
             rollout_infos=infos,
         )
 
@@ -159,21 +155,3 @@ class OutputWriter:
             messages=request.messages,
             rollout_infos={REQUEST_KEY: info},
         )
-
-
-def _replies(
-    turn: Turn, prefix: tuple[list[int], list[int]], logprobs: Sequence[float]
-) -> tuple[list[list[int]], list[list[int]], list[list[float]]]:
-    """Tokens, mask and the trained tokens' log-probs of every assistant message; `logprobs` are of all sampled."""
-    all_ids, all_masks, spread = [], [], []
-    left = iter(logprobs)
-    for _, replies in turn.replies():
-        ids, mask, values = list(prefix[0]), list(prefix[1]), []
-        for reply in replies:
-            ids += reply.ids
-            mask += reply.mask
-            values += [value for value, trained in zip(islice(left, reply.sampled), reply.mask) if trained]
-        all_ids.append(ids)
-        all_masks.append(mask)
-        spread.append(values)
-    return all_ids, all_masks, spread

@@ -21,7 +21,7 @@ from treepo_swift.core.messages import Segment
 from treepo_swift.core.tree import StopReason
 from treepo_swift.wire.report import EngineCounters
 
-from .engine import EngineError, EngineInfo, Place, Prompt, check_request_config
+from .engine import EngineError, EngineInfo, Placement, Prompt, check_request_config
 
 if TYPE_CHECKING:
     from swift.infer_engine import GRPOVllmEngine
@@ -85,6 +85,7 @@ class VllmSegmentEngine:
             max_logprobs=int(config.model_config.max_logprobs),
             ranks=ranks,
             kv_tokens=int(config.cache_config.num_gpu_blocks or 0) * block_size // ranks,
+            dtype=str(config.model_config.dtype).removeprefix('torch.'),
         )
         self._by_priority = config.scheduler_config.policy == 'priority'
         self._encoders = ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix='treepo-encode')
@@ -137,7 +138,7 @@ class VllmSegmentEngine:
         max_tokens: int,
         segment_tokens: int,
         seed: int | None,
-        place: Place,
+        placement: Placement,
     ) -> AsyncGenerator[Segment, None]:
         from vllm.sampling_params import RequestOutputKind
 
@@ -149,7 +150,7 @@ class VllmSegmentEngine:
             # and that its last KV block is in the cache for forks.
             sampling.output_kind, sampling.stream_interval = RequestOutputKind.DELTA, segment_tokens
         buffer, cached, finished, sampled = SegmentBuffer(segment_tokens), None, False, 0
-        async with aclosing(self._request(prompt, response_ids, sampling, self._lora, place)) as outputs:
+        async with aclosing(self._request(prompt, response_ids, sampling, self._lora, placement)) as outputs:
             async for output in outputs:
                 completion, finished = output.outputs[0], output.finished
                 buffer.add(*self._sampled(completion))
@@ -188,7 +189,7 @@ class VllmSegmentEngine:
 
         lora = await self._engine._get_grpo_lora_request_async()
         sampling = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0)
-        async with aclosing(self._request(Prompt(token_ids, {}), [], sampling, lora, Place())) as outputs:
+        async with aclosing(self._request(Prompt(token_ids, {}), [], sampling, lora, Placement())) as outputs:
             steps = [output.prompt_logprobs async for output in outputs][-1][1:]
         return [float(step[token].logprob) for step, token in zip(steps, token_ids[1:], strict=True)]
 
@@ -201,7 +202,7 @@ class VllmSegmentEngine:
         )
 
     def _request(
-        self, prompt: Prompt, response_ids: Sequence[int], sampling: Any, lora: Any, place: Place
+        self, prompt: Prompt, response_ids: Sequence[int], sampling: Any, lora: Any, placement: Placement
     ) -> AsyncGenerator[Any, None]:
         inputs = {**prompt.engine_inputs, 'prompt_token_ids': prompt.token_ids + list(response_ids)}
         if not prompt.engine_inputs:
@@ -214,8 +215,8 @@ class VllmSegmentEngine:
             # An id of our own for every request: vLLM aborts by id, and one id must never mean two requests.
             f'treepo-{uuid.uuid4().hex}',
             lora_request=self._engine._add_adapter(lora) if lora else None,
-            priority=place.priority if self._by_priority else 0,
-            data_parallel_rank=place.rank if self.info.ranks > 1 else None,
+            priority=placement.priority if self._by_priority else 0,
+            data_parallel_rank=placement.rank if self.info.ranks > 1 else None,
         )
 
     def _sampled(self, completion: Any) -> tuple[Sequence[int], list[float], list[float] | None]:

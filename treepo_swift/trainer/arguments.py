@@ -7,13 +7,15 @@ from typing import Any
 
 from swift.rlhf_trainers import GRPOConfig, VLLMInferClient
 from swift.rollout import multi_turns
-from swift.utils import is_master
+from swift.utils import get_logger, is_master
 
 from treepo_swift.advantage import check_estimator
 from treepo_swift.config import ConfigError, TreeConfig
 
 from .compatibility import check_options
-from .handshake import find_trees
+from .rollout import find_trees
+
+logger = get_logger()
 
 
 @dataclass
@@ -52,3 +54,16 @@ class TreeGRPOConfig(GRPOConfig):
             for url, engine in self.tree_engines:
                 config.check_fits(engine['max_model_len'], f'--vllm_max_model_len of {url}')
             check_options(self, config)
+            warn_of_short_paths(config, self.max_completion_length)
+
+
+def warn_of_short_paths(config: TreeConfig, max_completion_length: int) -> None:
+    """Say once what it means that paths can not become as long as ``--max_completion_length`` allows."""
+    longest = config.max_response_tokens
+    if longest < max_completion_length:
+        logger.warning_once(
+            f'treepo: max_depth x segment_length = {config.max_depth} x {config.segment_length} = {longest} tokens, '
+            f'which is less than --max_completion_length {max_completion_length}. Paths end at {longest} tokens, with '
+            'the finish reason `length`, and so do the answers of an evaluation. Raise max_depth or segment_length '
+            'for longer ones, or lower --max_completion_length to say the same in both places.'
+        )

@@ -2,32 +2,60 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields
-from itertools import accumulate
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from treepo_swift.core.tree import StopReason, TreeStats
 from treepo_swift.wire.report import TreeReport
 
 
-def tree_metrics(
-    reports: Sequence[TreeReport], rewards: Sequence[float], *, rounds: Sequence[int] | None = None
-) -> dict[str, float]:
+@dataclass(frozen=True, slots=True)
+class RolloutRound:
+    """One rollout over all ranks: the report and the reward of every trajectory."""
+
+    reports: list[TreeReport]
+    rewards: list[float]
+
+
+@dataclass(slots=True)
+class EvaluationFailures:
+    """Answers of one evaluation that failed on the server; swift scores them as if the model had said nothing."""
+
+    answers: int = 0
+    """All answers, the healthy ones included."""
+    errors: list[str] = field(default_factory=list)
+
+    def add(self, errors: Sequence[str | None]) -> None:
+        """One entry for each answer of a batch: what failed, None where nothing did."""
+        self.answers += len(errors)
+        self.errors += [error for error in errors if error is not None]
+
+    def describe(self) -> str:
+        """How many, and the most common cause. Errors name their tree and path: those are no difference."""
+        kinds = Counter(re.sub(r'\S*\d\S*', '', error) for error in self.errors)
+        kind, count = kinds.most_common(1)[0]
+        example = next(error for error in self.errors if re.sub(r'\S*\d\S*', '', error) == kind)
+        return (
+            f'{len(self.errors)} of {self.answers} answers of this evaluation failed on the rollout server. They were '
+            f'scored as empty answers, so the rewards are too low. Most common cause ({count} times): {example}'
+        )
+
+
+def tree_metrics(rounds: Sequence[RolloutRound]) -> dict[str, float]:
     """Metrics of one batch over all ranks.
 
-    Args:
-        reports: of every trajectory.
-        rewards: their rewards, same order.
-        rounds: trajectories of each rollout, in order. ``--dynamic_sample`` may take several for a batch; the trees
-            that it threw away were grown too and count. None: one round.
+    ``--dynamic_sample`` may take several rounds for a batch: the trees that it threw away were grown too and count.
     """
+    reports = [report for round_ in rounds for report in round_.reports]
+    rewards = [reward for round_ in rounds for reward in round_.rewards]
     stats = [report.stats for report in reports if report.stats is not None]
     total = TreeStats(*(sum(getattr(s, f.name) for s in stats) for f in fields(TreeStats)))
     stops = Counter(report.stop for report in reports)
     metrics = {
-        'tree/rounds': len(rounds or [0]),
+        'tree/rounds': len(rounds),
         'tree/trees': len(stats),
         'tree/decoded_tokens': total.decoded_tokens,
         'tree/independent_tokens': total.trajectory_tokens,
@@ -45,10 +73,15 @@ def tree_metrics(
         'tree/depth': sum(report.depth for report in reports) / len(reports),
         **{f'tree/stop/{reason.value}': stops[reason] / len(reports) for reason in StopReason},
         **_flatness(reports, rewards),
+        **_server_metrics(rounds),
     }
-    # Several servers work on a round at the same time, rounds follow each other.
-    ends = list(accumulate(rounds or [len(reports)]))
-    batches = [[r.batch for r in reports[start:end] if r.batch is not None] for start, end in zip([0, *ends], ends)]
+    return {key: float(value) for key, value in metrics.items()}
+
+
+def _server_metrics(rounds: Sequence[RolloutRound]) -> dict[str, float]:
+    """What the servers measured. Several of them work on a round at the same time, rounds follow each other."""
+    metrics: dict[str, float] = {}
+    batches = [[r.batch for r in round_.reports if r.batch is not None] for round_ in rounds]
     if all(batches):
         metrics['tree/rollout_seconds'] = sum(max(b.seconds for b in servers) for servers in batches)
         metrics['tree/scheduler_cpu_share'] = max(
@@ -61,7 +94,7 @@ def tree_metrics(
             queries = sum(c.prefix_queries for c in counted)
             metrics['tree/engine_prefix_hit_rate'] = sum(c.prefix_hits for c in counted) / max(queries, 1)
             metrics['tree/engine_preemptions'] = sum(c.preemptions for c in counted)
-    return {key: float(value) for key, value in metrics.items()}
+    return metrics
 
 
 def _flatness(reports: Sequence[TreeReport], rewards: Sequence[float]) -> dict[str, float]:

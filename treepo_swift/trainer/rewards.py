@@ -61,13 +61,13 @@ def settle_placeholders(rewards: torch.Tensor, reports: Sequence[TreeReport]) ->
     return settled
 
 
-def spread_segments(segments: Sequence[SegmentAdvantages], batch: Any) -> None:
+def spread_over_tokens(advantages: Sequence[SegmentAdvantages], batch: Any) -> None:
     """Write segments' advantages over their loss tokens, wherever the layout of `batch` has put those.
 
     swift has written each trajectory's mean to all of its tokens, and perhaps added a teacher's term: what is left to
     add is each segment's difference from the mean.
     """
-    for row, trajectory in enumerate(segments):
+    for row, trajectory in enumerate(advantages):
         mask = batch.completion_mask[row].bool()
         counts = torch.tensor(trajectory.tokens, dtype=torch.long, device=mask.device)
         if int(mask.sum()) != int(counts.sum()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather, gather_object
 from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest
 from swift.rlhf_trainers import GRPOTrainer
+from swift.rlhf_trainers.rollout_mixin import DataCache
 from swift.utils import get_logger
 
 from treepo_swift.advantage import is_segment_level
@@ -18,16 +20,18 @@ from treepo_swift.config import ConfigError, TreeConfig
 from treepo_swift.core.budgets import expected_saving
 from treepo_swift.wire.note import REQUEST_KEY, RequestNote
 from treepo_swift.wire.packing import accept_packed
-from treepo_swift.wire.report import REPORT_KEY, TreeReport
+from treepo_swift.wire.report import FAILURE_KEY, REPORT_KEY, TreeReport
 
-from .handshake import probe_servers
-from .metrics import tree_metrics
-from .rewards import find_reward_fault, set_missing_gym_rewards, settle_placeholders, spread_segments
+from .metrics import EvaluationFailures, RolloutRound, tree_metrics
+from .rewards import find_reward_fault, set_missing_gym_rewards, settle_placeholders, spread_over_tokens
+from .rollout import probe_servers, rollout_note
 from .weight_sync import MAX_PROBE_TOKENS, PROBE_TEXT, WeightSyncProof
 
 logger = get_logger()
 
 CONFIG_FILE = 'treepo_config.yaml'
+MIXED_PRECISION = {'fp16': 'float16', 'bf16': 'bfloat16', 'fp8': 'bfloat16'}
+"""accelerate's names for the types that a forward pass computes in, where they are not the parameters'."""
 
 
 def train_on_samples_only(template: Any) -> None:
@@ -51,10 +55,11 @@ class TreeGRPOTrainer(GRPOTrainer):
         self.tree_config = TreeConfig.load_for(kwargs['args'].max_completion_length)
         self.grows_trees = False
         self._sync_proof: WeightSyncProof | None = None
-        self._rounds: list[tuple[list[TreeReport], list[float]]] = []
-        """Reports and rewards of the rollouts since the last advantages; several with ``--dynamic_sample``."""
-        self._segments: list[SegmentAdvantages] | None = None
-        """What `_compute_advantages` leaves for `_postprocess_batch`: for each local sample, its segments."""
+        self._rounds: list[RolloutRound] = []
+        """Since the last advantages; several with ``--dynamic_sample``."""
+        self._evaluation_failures = EvaluationFailures()
+        self._segment_advantages: list[SegmentAdvantages] | None = None
+        """What `_compute_advantages` leaves for `_postprocess_batch`, of each local sample."""
         super().__init__(*args, **kwargs)
 
     # Set-up.
@@ -73,23 +78,26 @@ class TreeGRPOTrainer(GRPOTrainer):
         train_on_samples_only(self.template)
         config = self.tree_config
         if config.checks.verify_weight_sync:
-            self._sync_proof = WeightSyncProof(str(next(self.model.parameters()).dtype))
+            self._sync_proof = WeightSyncProof(self._computing_types())
         if self.accelerator.is_main_process:
             accept_packed(self.vllm_client.sessions)
-            directory = Path(self.args.output_dir)
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / CONFIG_FILE).write_text(config.to_yaml())
-            logger.info(f'treepo: trees of width {self.num_generations}, config in {directory / CONFIG_FILE}.')
-            if config.fork_at != 'turn':
-                saving = expected_saving(config, self.num_generations)
-                logger.info(
-                    'treepo: where paths use the whole length of one turn, trees decode '
-                    f'{saving:.0%} fewer tokens than independent sampling.'
-                )
+            self._say_how_trees_grow()
+
+    def _say_how_trees_grow(self) -> None:
+        config, directory = self.tree_config, Path(self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / CONFIG_FILE).write_text(config.to_yaml())
+        logger.info(f'treepo: trees of width {self.num_generations}, config in {directory / CONFIG_FILE}.')
+        if config.fork_at != 'turn':
+            saving = expected_saving(config, self.num_generations)
             logger.info(
-                f'treepo: advantages by estimator={config.advantage.estimator!r} and normalisation='
-                f'{config.advantage.normalisation!r}; --scale_rewards applies to samples without a tree only.'
+                'treepo: where paths use the whole length of one turn, trees decode '
+                f'{saving:.0%} fewer tokens than independent sampling.'
             )
+        logger.info(
+            f'treepo: advantages by estimator={config.advantage.estimator!r} and normalisation='
+            f'{config.advantage.normalisation!r}; --scale_rewards applies to samples without a tree only.'
+        )
 
     def _setup_teacher(self) -> None:
         super()._setup_teacher()
@@ -100,6 +108,11 @@ class TreeGRPOTrainer(GRPOTrainer):
 
     def _needs_trajectory_advantages(self) -> bool:
         return self.loss_type in ('real', 'fipo') or self.off_policy_sequence_mask_delta is not None
+
+    def _computing_types(self) -> list[str]:
+        """Types that a forward pass here computes in: the parameters', and autocast's where there is one."""
+        autocast = MIXED_PRECISION.get(self.accelerator.mixed_precision)
+        return [str(next(self.model.parameters()).dtype), *([autocast] if autocast else [])]
 
     def _broadcast(self, function: Any) -> Any:
         """Call `function` on the main process and give its result, or its exception, to every rank."""
@@ -127,14 +140,12 @@ class TreeGRPOTrainer(GRPOTrainer):
     def _request_note(self) -> RequestNote:
         # With --async_generate swift asks for the first evaluation rollout before it sets the model to eval.
         evaluates = not self.model.training or self.control.should_evaluate
-        if evaluates and not self.tree_config.eval_trees:
-            return RequestNote(mode='independent', packed=True)
-        return RequestNote(
-            packed=True,
-            config=self.tree_config.to_note(),
-            num_generations=self.num_generations_eval if evaluates else self.num_generations,
+        return rollout_note(
+            self.tree_config,
+            width=self.num_generations_eval if evaluates else self.num_generations,
             step=self.state.global_step,
-            progress=min(self.state.global_step / max(self.state.max_steps, 1), 1.0),
+            max_steps=self.state.max_steps,
+            evaluates=evaluates,
         )
 
     def _server_rollout(self, samples: list[Any], request_config: RequestConfig, is_global_inputs: bool) -> list[Any]:
@@ -153,6 +164,17 @@ class TreeGRPOTrainer(GRPOTrainer):
             raise RuntimeError(f'The tree servers gave {len(outputs)} outputs for {len(requests)} requests.')
         return outputs
 
+    def _prefetch(self, dataloader: Any) -> None:
+        """swift's, for the first rollout of ``--async_generate``: what goes wrong there reaches every rank.
+
+        Only the main process talks to the servers. It would raise alone, and the others would wait for it; swift hands
+        a failure of the later rollouts to all ranks where they next wait for one, so this goes the same way.
+        """
+        try:
+            super()._prefetch(dataloader)
+        except Exception as e:
+            self._queue.put(DataCache(error=e))
+
     # Weight sync.
 
     def _move_model_to_vllm(self, *args: Any, **kwargs: Any) -> None:
@@ -163,22 +185,26 @@ class TreeGRPOTrainer(GRPOTrainer):
 
     def _verify_weight_sync(self, proof: WeightSyncProof) -> None:
         """Compare log-probs of the probe text on every server; all ranks take part, and all raise or none."""
+        began = time.perf_counter()
         token_ids = self.processing_class.encode(PROBE_TEXT, add_special_tokens=False)[:MAX_PROBE_TOKENS]
         ours = self._score(token_ids)
 
         def compare() -> WeightSyncProof:
             answers = probe_servers(self.vllm_client, token_ids=token_ids)
             for url, answer in zip(self.vllm_client.base_urls, answers, strict=True):
-                proof.check(ours, answer['logprobs'], where=f'{url}, step {self.state.global_step}')
+                dtype = answer['engine'].get('dtype')
+                proof.check(ours, answer['logprobs'], url=url, dtype=dtype, step=self.state.global_step)
             return proof
 
         was_proven = proof.proven
         proof = self._sync_proof = self._broadcast(compare)
-        self._metrics['train']['tree/sync_gap'].append(proof.gap)
+        worst = proof.worst
+        self._metrics['train']['tree/sync_gap'].append(worst.gap)
+        self._metrics['train']['tree/proof_seconds'].append(time.perf_counter() - began)
         if proof.proven and not was_proven:
             logger.info(
-                f'treepo: weight sync is proven: the policy moved by {proof.drift:.4g} nats per token and the '
-                f'server followed to {proof.gap:.4g}.'
+                f'treepo: weight sync is proven: the policy moved by {worst.drift:.4g} nats per token and every server '
+                f'followed, to {worst.gap:.4g} at the farthest (at the first sync it was {worst.noise:.4g}).'
             )
 
     @torch.no_grad()
@@ -203,6 +229,9 @@ class TreeGRPOTrainer(GRPOTrainer):
         rewards = super()._compute_rewards_per_func(samples)
         reports = self._gather_reports(samples)
         if reports is None:
+            if self.grows_trees:
+                errors = gather_object([(s.rollout_infos or {}).get(FAILURE_KEY) for s in samples])
+                self._evaluation_failures.add(errors)
             return rewards
         fault = find_reward_fault(rewards, self.reward_weights, self.reward_func_names, reports)
         if fault is not None:
@@ -212,7 +241,7 @@ class TreeGRPOTrainer(GRPOTrainer):
                 f'{what} for sample {index} of the batch ({sample[0]}): a reward must be a finite number. '
                 f'Its prompt: {str(sample[1])[:500]}'
             )
-        self._rounds.append((reports, self._weigh(rewards).tolist()))
+        self._rounds.append(RolloutRound(reports, self._weigh(rewards).tolist()))
         return settle_placeholders(rewards, reports)
 
     def _gather_reports(self, samples: Sequence[Any]) -> list[TreeReport] | None:
@@ -235,7 +264,7 @@ class TreeGRPOTrainer(GRPOTrainer):
     def _compute_advantages(
         self, samples: list[Any], rewards_per_func: torch.Tensor, batch_encoded_inputs: list[dict[str, Any]]
     ) -> torch.Tensor:
-        """Advantages of all samples over all ranks [N]; of segments, their mean over tokens (see `_segments`)."""
+        """Advantages of all samples over all ranks [N]; of segment-level ones, each trajectory's mean."""
         plain = super()._compute_advantages(samples, rewards_per_func, batch_encoded_inputs)  # logs reward metrics
         reports = self._gather_reports(samples)
         if reports is None:
@@ -248,11 +277,11 @@ class TreeGRPOTrainer(GRPOTrainer):
             rewards = rewards - self.beta * gather(torch.cat(kl))
         self._check_alignment(reports, batches)
         kept = gather_object([n for b in batches for n in self._loss_mask(b).sum(-1).tolist()])
-        segments = tree_advantages(reports, rewards.tolist(), kept, self.tree_config)
+        advantages = tree_advantages(reports, rewards.tolist(), kept, self.tree_config)
         if is_segment_level(self.tree_config.advantage.estimator):
             start = sum(gather_object([len(samples)])[: self.accelerator.process_index])
-            self._segments = segments[start : start + len(samples)]
-        return torch.tensor([s.mean for s in segments], dtype=plain.dtype, device=plain.device)
+            self._segment_advantages = advantages[start : start + len(samples)]
+        return torch.tensor([a.mean for a in advantages], dtype=plain.dtype, device=plain.device)
 
     def _postprocess_batch(self, samples: list[Any], batch_encoded_inputs: list[dict[str, Any]]) -> None:
         super()._postprocess_batch(samples, batch_encoded_inputs)
@@ -262,22 +291,26 @@ class TreeGRPOTrainer(GRPOTrainer):
                 'The dataset has teacher prompts, which go together neither with --loss_type real and '
                 'fipo nor with --off_policy_sequence_mask_delta.'
             )
-        segments, self._segments = self._segments, None
-        if segments is not None:
-            chunks = self.split_by_mini_batches(segments)
+        advantages, self._segment_advantages = self._segment_advantages, None
+        if advantages is not None:
+            chunks = self.split_by_mini_batches(advantages)
             for chunk, encoded in zip(chunks, batch_encoded_inputs, strict=True):
-                spread_segments(chunk, encoded['grpo_batch'])
+                spread_over_tokens(chunk, encoded['grpo_batch'])
 
     def _log_trees(self) -> None:
         rounds, self._rounds = self._rounds, []
         mode = 'train' if self.model.training else 'eval'
-        metrics = tree_metrics(
-            [report for reports, _ in rounds for report in reports],
-            [reward for _, rewards in rounds for reward in rewards],
-            rounds=[len(reports) for reports, _ in rounds],
-        )
-        for key, value in metrics.items():
+        for key, value in tree_metrics(rounds).items():
             self._metrics[mode][key].append(value)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().evaluation_loop(*args, **kwargs)
+        failures, self._evaluation_failures = self._evaluation_failures, EvaluationFailures()
+        if failures.answers:
+            self._metrics['eval']['tree/failures'].append(float(len(failures.errors)))
+        if failures.errors:
+            logger.warning(f'treepo: {failures.describe()}')
+        return output
 
     def _loss_mask(self, batch: Any) -> torch.Tensor:
         if self.overlong_filter:

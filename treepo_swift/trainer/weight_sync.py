@@ -1,19 +1,18 @@
-"""Proof that the rollout server follows the trainer's weights.
+"""Proof that the rollout servers follow the trainer's weights.
 
 swift's server answers 200 to a weight sync that failed, and rollouts then come from old or half-old weights: reward
-stays flat and nothing says why. At the first sync both sides hold the same weights anyway, so agreement there
-proves little: the comparison is made at every sync (one short request and one short forward pass), and counts as proof
-once the policy has visibly moved and the server with it.
+stays flat and nothing says why. So after every sync both sides score one fixed text, and their log-probs are compared.
+Two engines never agree to the last bit, and by how much they differ depends on their types and kernels. Nobody has
+to guess that: at the first sync both sides hold the same weights (of a new run as of a resumed one), so the gap
+measured there is the noise of these two engines.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-
-TOLERANCE = {'float32': 2e-3, 'float16': 2e-2, 'bfloat16': 6e-2}
-"""Mean absolute log-prob difference that two engines of the same weights may show, in nats per token."""
-PROOF_FACTOR = 4.0
-"""How many tolerances the policy must have moved before agreement counts as proof."""
+from dataclasses import dataclass
+from operator import mul, sub
 
 PROBE_TEXT = (
     'Question: What is 12 + 30 + 7? Let us go step by step. First, 12 + 30 = 42. Then, 42 + 7 = 49. '
@@ -22,45 +21,166 @@ PROBE_TEXT = (
 MAX_PROBE_TOKENS = 128
 
 
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """What is to be expected of engines that compute in a type, in nats per token."""
+
+    least_noise: float
+    """Noise is taken to be at least this: two engines may happen to agree exactly at the first sync."""
+    most_noise: float
+    """Mean gap above which the first sync is not noise: the server holds another model."""
+
+
+PRECISIONS = {
+    'float32': Precision(least_noise=2e-4, most_noise=1e-2),  # the upper end is that of TF32
+    'float16': Precision(least_noise=1e-3, most_noise=5e-2),
+    'bfloat16': Precision(least_noise=5e-3, most_noise=2.5e-1),
+}
+"""From the finest to the coarsest. Bounds, not estimates: what counts is measured at the first sync."""
+
+GAP_FACTOR = 4.0
+"""How many times the noise a gap may be, times 1 + drift: rounding errors grow with the log-probs."""
+SURE = 12.0
+"""Standard errors that count as certain. Where tokens' noise is not independent, the true error is larger than the one
+that is computed here: three times, if a ninth of the tokens say it all, which leaves four."""
+FOLLOWED = 0.75
+"""Share of the trainer's movement from which a server counts as having followed."""
+
+
 class WeightSyncError(RuntimeError):
     """The rollout server does not sample from the trainer's weights."""
 
 
-class WeightSyncProof:
-    """Compares log-probs of one fixed text after every sync."""
+def coarsest(dtypes: Sequence[str | None]) -> str:
+    """The coarsest of these types ('torch.' in front or not); one that is not known counts as bfloat16."""
+    order = list(PRECISIONS)
+    names = [str(dtype).removeprefix('torch.') for dtype in dtypes]
+    return max((name if name in PRECISIONS else order[-1] for name in names), key=order.index)
 
-    def __init__(self, dtype: str) -> None:
-        self.tolerance = TOLERANCE.get(dtype.removeprefix('torch.'), TOLERANCE['bfloat16'])
+
+class ServerProof:
+    """Judges one server: two questions at each sync.
+
+    1. *Is the gap noise?* ``mean |server - trainer|`` must be at most ``4 x noise x (1 + drift)``, where noise is the
+       gap of the first sync and drift ``mean |trainer - trainer at the first sync|``. Catches a lost tensor, half-old
+       weights, nan, another model.
+    2. *Did it follow?* ``share = <server's movement, trainer's movement> / |trainer's movement|^2`` over the tokens,
+       since the last sync at which this was proven: 1 if the server followed, 0 if it holds the old weights. Its
+       standard error is ``sqrt(2) x noise x (1 + drift) / |trainer's movement|`` (noise as root mean square). It is
+       proven that the server followed where the share is at least `FOLLOWED` and `SURE` standard errors from 0; it is
+       refused where it is below `FOLLOWED` and `SURE` standard errors from 1. While the policy has hardly moved the
+       error is large: then nothing is proven, and nothing is refused.
+
+    The second question finds a server that stays behind at about half of the drift that the first one needs, and is
+    the only one that proves anything: while the policy has hardly moved, old weights give a small gap too. Rates on
+    simulated engines are in tests/unit/test_weight_sync.py.
+    """
+
+    def __init__(self) -> None:
         self.proven = False
-        """Whether the policy has moved far enough, at some check, for agreement to mean something."""
-        self.gap = 0.0
-        """Last mean absolute difference between server and trainer."""
-        self.drift = 0.0
-        """Mean absolute change of the trainer's own log-probs since the first check."""
-        self._first: list[float] | None = None
+        """Whether the server has followed a movement that noise can not explain."""
+        self.gap = self.drift = self.noise = 0.0
+        """Mean absolute differences in nats per token; noise is the first sync's gap."""
+        self.share: float | None = None
+        """Of the trainer's movement, as far as the server made it; None while the policy has not moved at all."""
+        self._limit = self._spread = 0.0
+        self._first: list[float] = []
+        self._anchor: tuple[list[float], list[float]] = [], []
+        """Both sides' log-probs at the last sync that was proven, the first one to begin with."""
 
-    def check(self, trainer: Sequence[float], server: Sequence[float], *, where: str) -> None:
+    def check(self, trainer: Sequence[float], server: Sequence[float], *, dtype: str, where: str) -> None:
         """Take both sides' log-probs of the same tokens; raise `WeightSyncError` where they tell of different weights.
 
         Args:
             trainer: log-probs under the trainer's current policy, one per token.
             server: the same tokens' log-probs as the server computes them after the sync.
+            dtype: the coarsest type that either side computes in, a key of `PRECISIONS`.
             where: which server and step, for the message.
         """
         if len(trainer) != len(server):
             raise WeightSyncError(f'{where}: {len(server)} log-probs came back for {len(trainer)} tokens.')
-        self._first = self._first or list(trainer)
         self.gap = _mean_gap(trainer, server)
+        if not self._first:
+            self._calibrate(trainer, server, dtype, where)
+            return
         self.drift = _mean_gap(trainer, self._first)
-        if not self.gap <= self.tolerance:
+        limit = self._limit * (1 + self.drift)
+        if not self.gap <= limit:
             raise WeightSyncError(
                 f"{where}: the server does not sample from the trainer's weights. Log-probs of a fixed text differ by "
-                f'{self.gap:.4g} nats per token, {self.tolerance:g} is allowed (the policy itself has moved by '
-                f"{self.drift:.4g} since the first sync). A weight sync failed, and swift's server does not tell: "
-                "look for an exception in the rollout server's log. Restart it before you train on. If both sides "
-                'run in different precisions by intention, set TREEPO_CHECKS__VERIFY_WEIGHT_SYNC=false.'
+                f'{self.gap:.4g} nats per token. At the first sync, when both sides held the same weights, it was '
+                f'{self.noise:.4g}, and {limit:.4g} is allowed now (the policy has moved by {self.drift:.4g} since '
+                f'then). {_WHAT_TO_DO}'
             )
-        self.proven = self.proven or self.drift >= PROOF_FACTOR * self.tolerance
+        self._follow(trainer, server, where)
+
+    def _calibrate(self, trainer: Sequence[float], server: Sequence[float], dtype: str, where: str) -> None:
+        precision = PRECISIONS[dtype]
+        if not self.gap <= precision.most_noise:
+            raise WeightSyncError(
+                f'{where}: the server holds other weights than the trainer already at the first sync. Log-probs of a '
+                f'fixed text differ by {self.gap:.4g} nats per token; two engines of the same weights differ by at '
+                f'most {precision.most_noise:g} in {dtype}, the coarser of their types. Do both sides name the same '
+                f'--model (and adapter)? If so, the first weight sync failed. {_WHAT_TO_DO}'
+            )
+        self.noise = self.gap
+        self._limit = GAP_FACTOR * max(self.noise, precision.least_noise)
+        squares = sum((s - t) ** 2 for s, t in zip(server, trainer, strict=True))
+        # `least_noise` is of the mean; of numbers that are spread like a bell the root mean square is 1.25 times that.
+        self._spread = max(math.sqrt(squares / len(trainer)), 1.25 * precision.least_noise)
+        self._first = list(trainer)
+        self._anchor = list(trainer), list(server)
+
+    def _follow(self, trainer: Sequence[float], server: Sequence[float], where: str) -> None:
+        """Compare the movements of both sides since the last proof."""
+        trainer_moved = list(map(sub, trainer, self._anchor[0]))
+        server_moved = list(map(sub, server, self._anchor[1]))
+        length = math.hypot(*trainer_moved)
+        if not length:
+            return
+        self.share = sum(map(mul, server_moved, trainer_moved)) / length**2
+        error = math.sqrt(2) * self._spread * (1 + self.drift) / length
+        if self.share >= FOLLOWED and SURE * error <= 1:
+            self.proven = True
+            self._anchor = list(trainer), list(server)
+        elif self.share < min(FOLLOWED, 1 - SURE * error):
+            raise WeightSyncError(
+                f'{where}: the server has stopped following the trainer. Since the last sync that was proven the '
+                f"policy's log-probs of a fixed text have moved by {length / math.sqrt(len(trainer)):.4g} nats per "
+                f'token (root mean square), and the server made {self.share:.0%} of that movement; the noise between '
+                f'the two engines is {self._spread:.4g}. {_WHAT_TO_DO}'
+            )
+
+
+class WeightSyncProof:
+    """One `ServerProof` for each server, and the worst of them for the log."""
+
+    def __init__(self, trainer_dtypes: Sequence[str]) -> None:
+        self._trainer_dtypes = list(trainer_dtypes)
+        self.servers: dict[str, ServerProof] = {}
+
+    def check(
+        self, trainer: Sequence[float], server: Sequence[float], *, url: str, dtype: str | None, step: int
+    ) -> None:
+        """Like `ServerProof.check`; `dtype` is the server's, None where it does not tell."""
+        self.servers.setdefault(url, ServerProof()).check(
+            trainer, server, dtype=coarsest([*self._trainer_dtypes, dtype]), where=f'{url}, step {step}'
+        )
+
+    @property
+    def proven(self) -> bool:
+        return bool(self.servers) and all(server.proven for server in self.servers.values())
+
+    @property
+    def worst(self) -> ServerProof:
+        """The server with the largest gap."""
+        return max(self.servers.values(), key=lambda server: server.gap)
+
+
+_WHAT_TO_DO = (
+    "swift's server answers 200 to a weight sync that failed: look for an exception in the rollout server's log, and "
+    'restart it before you train on. TREEPO_CHECKS__VERIFY_WEIGHT_SYNC=false turns this check off.'
+)
 
 
 def _mean_gap(a: Sequence[float], b: Sequence[float]) -> float:

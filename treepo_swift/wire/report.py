@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 from treepo_swift.core.tree import StopReason, Tree, TreeStats
 
 REPORT_KEY = 'tree'
+FAILURE_KEY = 'tree_failure'
+"""In ``rollout_infos`` of an answer without a report (evaluation) that failed: the error."""
 MAX_ERROR = 500
 """Characters of an error that travel."""
 
@@ -114,22 +115,18 @@ class TreeReport:
         )
 
     @classmethod
-    def of(cls, tree: Tree, index: int, trained: Sequence[int] | None = None) -> TreeReport:
+    def of(cls, tree: Tree, index: int, tokens: Sequence[int] | None = None) -> TreeReport:
         """The report of trajectory `index`.
 
-        `trained` tells for each sampled token of its path whether it is trained on; None: all are.
+        `tokens` are the loss tokens of each of its segments; None: all that was sampled is trained on.
         """
         path = tree.trajectories[index]
         assert path.stop is not None
         nodes = [node for node in path.leaf.lineage() if node.sampled]
-        tokens = [len(node.token_ids) for node in nodes]
-        if trained is not None:
-            left = iter(trained)
-            tokens = [sum(islice(left, count)) for count in tokens]
         return cls(
             id=tree.id,
             nodes=[node.id for node in nodes],
-            tokens=tokens,
+            tokens=[len(node.token_ids) for node in nodes] if tokens is None else list(tokens),
             stop=path.stop,
             depth=path.leaf.depth,
             fallback_from=path.fallback_from,

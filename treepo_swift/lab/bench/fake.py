@@ -18,7 +18,7 @@ import numpy as np
 
 from treepo_swift.config import TreeConfig
 from treepo_swift.core.messages import Segment
-from treepo_swift.server.engine import EngineInfo, Place, Prompt
+from treepo_swift.server.engine import EngineInfo, Placement, Prompt
 from treepo_swift.server.outputs import RolloutFailure
 from treepo_swift.wire.note import RequestNote
 from treepo_swift.wire.packing import unpack
@@ -60,7 +60,7 @@ class FreeEngine:
         max_tokens: int,
         segment_tokens: int,
         seed: int | None,
-        place: Place,
+        placement: Placement,
     ) -> AsyncGenerator[Segment, None]:
         while max_tokens:
             await asyncio.sleep(0)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from treepo_swift.config import TreeConfig
 from treepo_swift.lab.simulation import EngineModel
-from treepo_swift.server.engine import Place, Prompt
+from treepo_swift.server.engine import Placement, Prompt
 from treepo_swift.server.vllm_engine import VllmSegmentEngine
 
 from . import fake
@@ -122,7 +122,7 @@ class _Fit:
 
     async def _decode(self, prompt: Prompt, steps: int) -> None:
         async for _ in self._segments.generate(
-            prompt, [], max_tokens=steps, segment_tokens=steps, seed=None, place=Place()
+            prompt, [], max_tokens=steps, segment_tokens=steps, seed=None, placement=Placement()
         ):
             pass
 

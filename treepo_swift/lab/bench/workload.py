@@ -14,7 +14,7 @@ from treepo_swift.config import TreeConfig
 from treepo_swift.core.messages import Segment
 from treepo_swift.core.tree import StopReason
 from treepo_swift.lab.lengths import LengthDistribution
-from treepo_swift.server.engine import Place, Prompt, SegmentEngine
+from treepo_swift.server.engine import Placement, Prompt, SegmentEngine
 
 KINDS = ('fixed', 'natural', 'lengths')
 
@@ -87,7 +87,7 @@ class EndingEngine:
         max_tokens: int,
         segment_tokens: int,
         seed: int | None,
-        place: Place,
+        placement: Placement,
     ) -> AsyncGenerator[Segment, None]:
         length = self._lengths.draw(self._rng, longer_than=len(response_ids))
         left = length - len(response_ids)
@@ -98,7 +98,7 @@ class EndingEngine:
             max_tokens=min(max_tokens, left),
             segment_tokens=segment_tokens,
             seed=seed,
-            place=place,
+            placement=placement,
         )
         async with aclosing(inner) as segments:
             async for segment in segments:

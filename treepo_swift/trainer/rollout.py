@@ -1,4 +1,4 @@
-"""What the trainer asks the rollout servers before it trains, and after every weight sync."""
+"""What the trainer asks of the rollout servers: whether they grow trees, trajectories, and log-probs after a sync."""
 
 from __future__ import annotations
 
@@ -12,6 +12,20 @@ from treepo_swift.config import ConfigError, TreeConfig
 from treepo_swift.wire.note import REQUEST_KEY, RequestNote
 
 
+def rollout_note(config: TreeConfig, *, width: int, step: int, max_steps: int, evaluates: bool) -> RequestNote:
+    """What goes with every request of a rollout: trees of `width`, or independent answers for an evaluation."""
+    if evaluates and not config.eval_trees:
+        # The step makes the seeds of two evaluations differ; the config says how long an answer may be.
+        return RequestNote(mode='independent', packed=True, config=config.to_note(), step=step)
+    return RequestNote(
+        packed=True,
+        config=config.to_note(),
+        num_generations=width,
+        step=step,
+        progress=min(step / max(max_steps, 1), 1.0),
+    )
+
+
 def probe_servers(
     client: VLLMInferClient, *, token_ids: list[int] | None = None, config: TreeConfig | None = None
 ) -> list[dict[str, Any] | None]:
@@ -21,8 +35,8 @@ def probe_servers(
     """
     note = RequestNote(mode='probe', token_ids=token_ids, config=config and config.to_note()).to_dict()
     request = RolloutInferRequest(messages=[{'role': 'user', 'content': 'probe'}], data_dict={REQUEST_KEY: note})
-    config = asdict(RequestConfig(max_tokens=1, return_details=True))
-    outputs = client.infer([asdict(request)] * client.num_servers, config, use_tqdm=False)
+    request_config = asdict(RequestConfig(max_tokens=1, return_details=True))
+    outputs = client.infer([asdict(request)] * client.num_servers, request_config, use_tqdm=False)
     return [getattr(output, 'rollout_infos', {}).get(REQUEST_KEY) for output in outputs]
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Coroutine, Iterable, Iterator
-from contextlib import contextmanager
-from types import TracebackType
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 CALM = (50_000, 50, 1000)
@@ -29,53 +28,44 @@ def calm_garbage_collection() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-class Nursery:
-    """Tasks that end together: leaving the block waits for all of them, also those that they start themselves.
-
-    When one raises, or the block is left by an exception, the others are cancelled and waited for. (Python 3.11 has
-    `asyncio.TaskGroup`; we run on 3.10, and want the task's own exception instead of a group of them.)
-    """
-
-    def __init__(self) -> None:
-        self._tasks: set[asyncio.Task] = set()
-        self._over = asyncio.Event()
-        self._error: BaseException | None = None
-
-    def start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task:
-        task = asyncio.ensure_future(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            self._error = self._error or task.exception()
-        if self._error is not None or not self._tasks:
-            self._over.set()
-
-    async def __aenter__(self) -> Nursery:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            if error is None and self._tasks:
-                await self._over.wait()
-        finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-        if error is None and self._error is not None:
-            raise self._error
+@asynccontextmanager
+async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
+    """An `asyncio.TaskGroup` that raises the exception of its first task that failed, instead of a group of them."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+    except BaseExceptionGroup as errors:
+        error = errors.exceptions[0]
+        raise error from error.__cause__
 
 
 async def all_or_cancel(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
     """Await all; when one raises or we are cancelled, cancel the others and wait until they are gone."""
-    async with Nursery() as nursery:
+    async with task_group() as group:
         for coroutine in coroutines:
-            nursery.start(coroutine)
+            group.create_task(coroutine)
+
+
+class BackgroundTasks:
+    """Tasks that nobody waits for until `finish`. They must not raise."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def finish(self) -> None:
+        """Wait for all; who is cancelled here cancels them, and waits until they are gone."""
+        try:
+            while self._tasks:
+                await asyncio.wait(self._tasks)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 class Rendezvous:
