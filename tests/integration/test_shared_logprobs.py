@@ -263,5 +263,11 @@ def test_variable_length_attention_is_asked_for_each_chain_with_its_path(monkeyp
     expected = shared_logprobs(model, rows)
     monkeypatch.setattr(attention, 'can_use_varlen', lambda query, key: True)
     torch.testing.assert_close(torch.cat(shared_logprobs(model, rows)), torch.cat(expected))
-    monkeypatch.setattr(varlen, 'varlen_attn', lambda *args, **kwargs: args[0])
-    assert not attention._try_varlen(query, key)
+    # Wrong values, wrong gradients, and none at all.
+    for wrong in (
+        lambda *args, **kwargs: args[0],
+        lambda q, k, v, *args, **kwargs: varlen_attn(q, k.detach() + 0 * k, v, *args, **kwargs),
+        lambda *args, **kwargs: varlen_attn(*args, **kwargs).detach(),
+    ):
+        monkeypatch.setattr(varlen, 'varlen_attn', wrong)
+        assert not attention._try_varlen(query, key)

@@ -200,10 +200,8 @@ _varlen_works: dict[tuple[Any, ...], bool] = {}
 
 
 def can_use_varlen(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether torch's variable-length attention runs here, and agrees with the padded form on a small trie.
-
-    It must align fewer queries than keys at the end. That is tried on the device, not looked up.
-    """
+    """Whether torch's variable-length attention runs here, and agrees with the padded form on a small trie, gradients
+    too. It must align fewer queries than keys at the end; that is tried on the device, not looked up."""
     if query.device.type != 'cuda' or query.dtype not in (torch.float16, torch.bfloat16):
         return False
     kind = (query.device, query.dtype, *query.shape[1:], key.shape[1])
@@ -219,12 +217,18 @@ def _try_varlen(query: torch.Tensor, key: torch.Tensor) -> bool:
     length = sum(chain.length for chain in layout.chains)
     # Fixed numbers: the run's random state stays as it is.
     made = [torch.arange(length * like[0].numel()).view(length, *like.shape[1:]) for like in (query, key, key)]
-    inputs = [(numbers * (i + 0.7)).sin().to(query) for i, numbers in enumerate(made)]
+    inputs = [(numbers * (i + 0.7)).sin().to(query).requires_grad_() for i, numbers in enumerate(made)]
     try:
-        with torch.no_grad():
-            return torch.allclose(_varlen(*inputs, None, layout), _padded(*inputs, None, layout), atol=2e-2, rtol=2e-2)
+        with torch.enable_grad():
+            found = [_with_gradients(function(*inputs, None, layout), inputs) for function in (_varlen, _padded)]
     except (ImportError, AttributeError, TypeError, ValueError, RuntimeError):
         return False
+    return all(torch.allclose(ours, theirs, atol=3e-2, rtol=3e-2) for ours, theirs in zip(*found, strict=True))
+
+
+def _with_gradients(result: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    weights = torch.linspace(-1, 1, result.numel(), device=result.device, dtype=result.dtype).view_as(result)
+    return [result.detach(), *torch.autograd.grad((weights * result).sum(), inputs)]
 
 
 # The model's own attention, wrapped.
