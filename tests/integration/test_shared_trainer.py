@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip('torch')
 pytest.importorskip('swift')
 
-from tests.integration.test_shared_logprobs import assert_same_gradients, build
+from tests.integration.test_shared_logprobs import VOCABULARY, assert_same_gradients, build
 from treepo_swift.config import TreeConfig
 from treepo_swift.trainer.shared_prefix import mixin, trust
 from treepo_swift.trainer.shared_prefix.batch import CACHE, OUTSIDE, read_rows
@@ -216,6 +216,37 @@ def test_loss_metrics_and_gradients_are_those_of_the_plain_path(loss_type, layou
 @pytest.mark.parametrize('beta', [0.0, 0.3])
 def test_importance_levels_and_kl(level, beta):
     assert_equal_losses(build('Qwen3').train(), importance_sampling_level=level, beta=beta, old=0.2)
+
+
+def test_five_steps_end_at_the_same_weights():
+    """In float32, with AdamW, old log-probs left out or computed, new rows each step."""
+    ends = []
+    for on in (True, False):
+        model = build('Qwen2', torch.float32).train()
+        start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        trainer = build_trainer(model, shared={'enabled': on}, loss_type='dapo')
+        for step in range(5):
+            inputs, batch = micro_batch([(prompt, [(token + step) % VOCABULARY for token in row]) for prompt, row in group_rows()])
+            if not on:
+                with torch.no_grad():
+                    batch.old_per_token_logps = trainer._get_per_token_logps_and_entropies(model, dict(inputs), batch)[
+                        0
+                    ]
+            generator = torch.Generator().manual_seed(step)
+            batch.advantages = torch.randn(2 * W, 1, generator=generator).expand_as(batch.completion_mask)
+            batch.num_items_in_batch = batch.completion_mask.sum()
+            loss, _ = trainer._compute_loss_and_metrics(model, inputs, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert (trainer._metrics['train']['tree/train_token_ratio'][-1] > 1.5) == on
+        ends.append(dict(model.named_parameters()))
+    moved = 0.0
+    for name, parameter in ends[0].items():
+        torch.testing.assert_close(parameter, ends[1][name], rtol=1e-4, atol=2e-5, msg=name)
+        moved = max(moved, (parameter - start[name]).abs().max().item())
+    assert moved > 1e-3
 
 
 def test_clipping_is_active_in_these_tests():
