@@ -1,4 +1,5 @@
-"""The real loop with log-probs over tries, and without: the same training."""
+"""The real loop with log-probs over tries, and without. (That both end at the same weights is tested on fixed rows in
+`tests/integration/test_shared_trainer.py`: the engine does not draw the same rollout twice.)"""
 
 from __future__ import annotations
 
@@ -9,33 +10,20 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip('torch')
 pytest.importorskip('vllm')
 
 STEPS = 5
 
 
-def weights(run: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    return load_file(next(run.glob(f'checkpoint-{STEPS}/model.safetensors')))
-
-
-def history(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / 'logging.jsonl').read_text().splitlines()]
-    return [line for line in lines if 'loss' in line]
-
-
-def test_a_run_reaches_the_same_weights(serve: Callable[..., int], train: Callable[..., Any], tmp_path: Path):
-    """One seed, one tree: the rollouts are the same as long as the weights are."""
+def test_the_loop_shares_prefixes_and_can_be_told_not_to(
+    serve: Callable[..., int], train: Callable[..., Any], tmp_path: Path
+):
     port = serve()
-    runs = {}
     for way, enabled in (('shared', 'true'), ('plain', 'false')):
-        runs[way] = tmp_path / way
         done = train(
             port,
             steps=STEPS,
-            OUTPUT=str(runs[way]),
+            OUTPUT=str(tmp_path / way),
             TREEPO_SHARED_PREFIX__ENABLED=enabled,
             TREEPO_SHARED_PREFIX__SKIP_OLD_LOGPROBS=enabled,
         )
@@ -43,20 +31,9 @@ def test_a_run_reaches_the_same_weights(serve: Callable[..., int], train: Callab
         said = done.stdout + done.stderr
         assert ('computed over the trie' in said) == (way == 'shared'), said[-3000:]
         assert 'shares no prefixes' not in said and 'old log-probs are computed' not in said
-    for ours, theirs in zip(history(runs['shared']), history(runs['plain']), strict=True):
-        print(
-            {
-                key: (ours.get(key), theirs.get(key))
-                for key in ours
-                if 'tree/' not in key or 'ratio' in key or 'second' in key
-            }
-        )
-    shared, plain = weights(runs['shared']), weights(runs['plain'])
-    assert shared.keys() == plain.keys()
-    for name, tensor in shared.items():
-        torch.testing.assert_close(tensor, plain[name], rtol=1e-4, atol=1e-5, msg=name)
-    for ours, theirs in zip(history(runs['shared']), history(runs['plain']), strict=True):
-        assert ours['reward'] == theirs['reward'] and ours['tree/train_token_ratio'] > 1.5
-        assert theirs['tree/train_token_ratio'] == 1
-        assert ours['loss'] == pytest.approx(theirs['loss'], abs=1e-4)
-        assert 'tree/logprob_seconds' not in ours and theirs['tree/logprob_seconds'] > 0
+        lines = [json.loads(line) for line in (tmp_path / way / 'logging.jsonl').read_text().splitlines()]
+        steps = [line for line in lines if 'loss' in line]
+        assert len(steps) == STEPS
+        for step in steps:
+            assert (step['tree/train_token_ratio'] > 1.2) == (way == 'shared')
+            assert ('tree/logprob_seconds' in step) == (way == 'plain')
