@@ -19,7 +19,11 @@ from treepo_swift.config.sources import merged
 from treepo_swift.core.search import SegmentRequest
 from treepo_swift.core.tree import StopReason, response_ids
 
-BASE: dict[str, Any] = {'segment_length': 16, 'max_depth': 5, 'stop': {'answer': {'needs_eos': False}, 'repetition': 'none'}}
+BASE: dict[str, Any] = {
+    'segment_length': 16,
+    'max_depth': 5,
+    'stop': {'answer': {'needs_eos': False}, 'repetition': 'none'},
+}
 WIDTH = 12
 TOP_KEYS = ('segment_length', 'max_depth', 'divergence', 'root_divergence', 'pacing')
 ROOT = Path(__file__).parents[2]
@@ -65,6 +69,7 @@ ADVANTAGE_KEYS: dict[str, tuple[Any, Any]] = {
     'advantage.normalisation': ('treepo', 'group'),
 }
 SCHEDULER, TRAINER = 'tests/integration/test_scheduler.py', 'tests/integration/test_trainer.py'
+SHARED = 'tests/integration/test_shared_trainer.py'
 ELSEWHERE = {
     'branching.top_k': f'{SCHEDULER}::test_a_config_that_this_server_can_not_follow_is_refused',
     'branching.options': 'tests/unit/test_policies.py::test_options_reach_a_policy_of_ones_own',
@@ -72,6 +77,8 @@ ELSEWHERE = {
     'advantage.options': 'tests/unit/test_estimators.py::test_options_reach_an_estimator_of_ones_own',
     'stop.repetition.near_characters': 'tests/unit/test_stopping.py::test_near_loops_are_found_where_asked',
     'stop.answer.after': f'{SCHEDULER}::test_an_answer_is_found_across_segments_and_cut_where_asked',
+    'shared_prefix.enabled': f'{SHARED}::test_it_can_be_switched_off',
+    'shared_prefix.skip_old_logprobs': f'{SHARED}::test_old_log_probs_are_left_out_only_where_asked',
     'seed': f'{SCHEDULER}::test_the_configs_seed_and_the_step_change_the_tree',
     'faults.max_retries': f'{SCHEDULER}::test_engine_errors_are_retried_and_then_grown_around',
     'faults.max_failure_fraction': f'{SCHEDULER}::test_an_engine_that_is_gone_is_one_clear_error',

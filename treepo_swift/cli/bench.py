@@ -22,6 +22,8 @@ EPILOG = """Rows of the table that may need a word:
   scheduler CPU  of the rollout's time, spent in the scheduler on the event loop
 Everything after -- goes to the engine, as `swift rollout` takes it:
   treepo-swift bench --prompts 12 --width 16 -- --model Qwen/Qwen2.5-1.5B-Instruct --vllm_max_model_len 8192
+--train grows trees with the shape of the paper, by lengths that were recorded:
+  treepo-swift bench --train --size 0.5B --prompts 1 --width 16 --lengths examples/scale/lengths.json --json out.json
 The tree's shape comes from TREEPO_CONFIG and TREEPO_* variables, as everywhere."""
 
 PROFILED_PROMPTS = 100
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument('--fake', action='store_true', help='the scheduler alone, on an engine that costs nothing')
     what.add_argument('--estimators', action='store_true', help='the advantage estimators alone')
+    what.add_argument('--train', action='store_true', help='a policy pass over padded rows and over their trie')
     what.add_argument('--fit', metavar='FILE', help="measure the engine's speed for `treepo-swift simulate`")
     parser.add_argument('--prompts', type=int, default=12, help='prompts of a rollout (default 12)')
     parser.add_argument('--width', type=int, default=16, help='trajectories of a prompt (default 16)')
@@ -48,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--example', metavar='FILE', help="the plugin file of ms-swift's tree example")
     parser.add_argument('--temperature', type=float, default=1.0)
     parser.add_argument('--repeats', type=int, default=5, help='measured runs of each mode (default 5)')
+    train = parser.add_argument_group('--train')
+    train.add_argument('--size', default='quickstart', help='random Qwen2 of that size: quickstart, 0.5B, 1.5B or 7B')
+    train.add_argument('--rows', metavar='FILE', help='recorded rows instead of grown trees')
+    train.add_argument('--prompt-tokens', type=int, default=64, help='of each grown tree (default 64)')
+    train.add_argument('--micro-batch', type=int, default=0, help='rows of a micro-batch (default: all of them)')
+    train.add_argument('--checkpointing', action='store_true', help='gradient checkpointing')
+    train.add_argument('--device', default='', help='cuda or cpu (default: cuda where there is one)')
     parser.add_argument('--json', metavar='FILE', help='write all figures there')
     parser.add_argument('engine', nargs='*', metavar='-- OPTIONS OF swift rollout', help='the engine, e.g. its --model')
 
@@ -62,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
             return _estimators(args)
         if args.fit:
             return _fit(args)
+        if args.train:
+            return _train(args)
         return _engine(args)
     except (OSError, ValueError) as e:
         print(f'treepo-swift bench: {e}', file=sys.stderr)
@@ -87,6 +99,56 @@ def _estimators(args: argparse.Namespace) -> int:
     rows = estimators.measure(trajectories=trajectories, depth=depth, width=args.width, repeats=args.repeats)
     print(f'{trajectories:,} trajectories, {depth} nodes each, trees of width {args.width}')
     print(table(rows))
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    import torch
+
+    from treepo_swift.lab.bench import train
+
+    if args.size not in train.SIZES:
+        raise ValueError(f'--size {args.size}: must be one of {", ".join(train.SIZES)}.')
+    if args.rows:
+        rows = train.read_rows(args.rows)
+    else:
+        config = TreeConfig.load()
+        limit = LengthDistribution.fixed(config.max_response_tokens)
+        rows = train.grow_rows(
+            config,
+            prompts=args.prompts,
+            width=args.width,
+            prompt_tokens=args.prompt_tokens,
+            lengths=LengthDistribution.from_json(args.lengths) if args.lengths else limit,
+            vocabulary=train.SIZES[args.size]['vocab_size'],
+        )
+    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    bench = train.TrainBench(
+        args.size, rows, device=device, micro_batch=args.micro_batch, checkpointing=args.checkpointing
+    )
+    found = train.measure(bench, args.repeats)
+    print(
+        f'{found["hardware"]}, {found["dtype"]}, {found["attention"]}, random Qwen2 of size {args.size}, '
+        f'{found["rows"]} rows in {found["micro_batches"]} micro-batches, medians of {args.repeats} interleaved runs\n'
+        f'{found["row_tokens"]:,} row tokens, {found["padded_tokens"]:,} padded, {found["trie_tokens"]:,} in tries '
+        f'(ratio {found["row_tokens"] / found["trie_tokens"]:.2f})'
+    )
+    print(
+        table(
+            [
+                {
+                    'way': way,
+                    **{f'{key} s': f'{figures[key]:.3f}' for key in ('no_grad', 'forward', 'backward')},
+                    'policy pass': f'{figures["speed_up"]:.2f} x',
+                    'no-grad pass': f'{figures["no_grad_speed_up"]:.2f} x',
+                    'peak MiB': f'{figures["peak_mib"]:.0f}',
+                    'largest gap': f'{figures["gap"]:.1e}',
+                }
+                for way, figures in found['modes'].items()
+            ]
+        )
+    )
+    _write(args.json, found)
     return 0
 
 

@@ -383,6 +383,20 @@ if TYPE_CHECKING:
 else:
     Advantage = choice('estimator', 'treepo', TreepoAdvantage, custom=OtherAdvantage)
 
+# Training.
+
+
+class SharedPrefix(Section):
+    """What trajectories share is computed once in training too, where the result is the same (docs/training.md)."""
+
+    enabled: Flag = False
+    """Compute log-probs over the trie of a micro-batch's rows. A run checks itself once against the plain path, and
+    computes row by row where a model or a batch asks for it. Off by default: no GPU and no ZeRO-3 has run it yet."""
+    skip_old_logprobs: Flag = False
+    """Leave out the pass for old log-probs where the policy that trains is the one that sampled, so that swift's loss
+    is the same without."""
+
+
 # What goes wrong, and what is checked.
 
 

@@ -25,6 +25,7 @@ from .sections import (
     Positive,
     Section,
     SegmentFallback,
+    SharedPrefix,
     Stop,
     TreepoAdvantage,
     WidthBudget,
@@ -89,6 +90,8 @@ class TreeConfig(Section):
     """When a path stops by its text."""
     advantage: Advantage = TreepoAdvantage(estimator='treepo')
     """How rewards become advantages."""
+    shared_prefix: SharedPrefix = SharedPrefix()
+    """What training computes once."""
     eval_trees: Flag = False
     """Evaluate on trees too. `false` samples the answers to an evaluation prompt independently."""
     faults: Faults = Faults()

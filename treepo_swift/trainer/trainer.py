@@ -26,6 +26,7 @@ from treepo_swift.wire.report import FAILURE_KEY, REPORT_KEY, TreeReport
 from .metrics import EvaluationFailures, RolloutRound, tree_metrics
 from .rewards import find_reward_fault, set_missing_gym_rewards, settle_placeholders, spread_over_tokens
 from .rollout import probe_servers, rollout_note
+from .shared_prefix.mixin import SharedPrefixMixin
 from .weight_sync import MAX_PROBE_TOKENS, PROBE_TEXT, WeightSyncError, WeightSyncProof
 
 logger = get_logger()
@@ -44,7 +45,7 @@ def train_on_samples_only(template: Any) -> None:
     template._add_dynamic_eos = lambda *args: None
 
 
-class TreeGRPOTrainer(GRPOTrainer):
+class TreeGRPOTrainer(SharedPrefixMixin, GRPOTrainer):
     """Trains GRPO on trees: asks the server for them, and the registry for their advantages.
 
     Samples that come without a tree (a server with another scheduler, evaluation) are handled as swift does. With

@@ -1,0 +1,241 @@
+"""Log-probs and gradients of a policy pass: padded rows, rows without padding, and the trie. Interleaved, medians."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from treepo_swift.config import TreeConfig
+from treepo_swift.core.messages import Limits, Segment
+from treepo_swift.core.search import TreeSearch
+from treepo_swift.core.tree import StopReason, response_ids
+from treepo_swift.lab.lengths import LengthDistribution
+from treepo_swift.trainer.shared_prefix.logprobs import trie_logprobs
+from treepo_swift.trainer.shared_prefix.trie import build_trie
+
+from .result import hardware
+
+SIZES: dict[str, dict[str, Any]] = {
+    'quickstart': dict(
+        vocab_size=320, hidden_size=160, intermediate_size=448, num_hidden_layers=4, num_attention_heads=5,
+        num_key_value_heads=5, tie_word_embeddings=True,
+    ),
+    '0.5B': dict(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    ),
+    '1.5B': dict(
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    ),
+    '7B': dict(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+"""Shapes of Qwen2 models. Weights are random: they cost what trained ones cost."""
+
+
+@dataclass(frozen=True)
+class TrainedRow:
+    """Token ids of a trajectory; those from `prompt` on are trained."""
+
+    prompt: int
+    ids: list[int]
+
+
+def read_rows(path: str | Path) -> list[TrainedRow]:
+    """A JSON list of ``[prompt tokens, [token ids]]``: the rows of one micro-batch."""
+    rows = json.loads(Path(path).read_text())
+    try:
+        return [TrainedRow(int(prompt), [int(token) for token in ids]) for prompt, ids in rows]
+    except (TypeError, ValueError):
+        raise ValueError(f'{path}: it must be a list of [prompt tokens, [token ids]], one for each row.') from None
+
+
+def grow_rows(
+    config: TreeConfig, *, prompts: int, width: int, prompt_tokens: int, lengths: LengthDistribution, vocabulary: int
+) -> list[TrainedRow]:
+    """Trees of `config` by the real search. Each path draws its length when it starts, given that it is longer than
+    its prefix; its tokens are random."""
+    rows = []
+    for index in range(prompts):
+        dice = random.Random(f'{config.seed} {index}')
+        prompt = [dice.randrange(vocabulary) for _ in range(prompt_tokens)]
+        limits = Limits(config.max_response_tokens, prompt_tokens + config.max_response_tokens)
+        search = TreeSearch(
+            config, tree_id=str(index), prompt_ids=prompt, width=width, limits=limits, rng=dice, by_segment=True
+        )
+        length_of: dict[int, int] = {}
+        requests = search.start()
+        while requests:
+            ask = requests.pop()
+            done = ask.prefix.length
+            length = length_of.setdefault(ask.path_id, lengths.draw(dice, longer_than=done))
+            count = min(ask.max_tokens, ask.segment_tokens, length - done)
+            tokens = [dice.randrange(vocabulary) for _ in range(count)]
+            ends = done + count >= length and length < config.max_response_tokens
+            search.extend(ask.path_id, Segment(tokens, [0.0] * count, StopReason.EOS if ends else None, [0.0] * count))
+            requests += search.settle(ask.path_id)
+        rows += [TrainedRow(prompt_tokens, prompt + response_ids(p.leaf)) for p in search.tree.trajectories]
+    return rows
+
+
+class TrainBench:
+    """A model with random weights and the rows of one micro-batch."""
+
+    def __init__(
+        self, size: str, rows: Sequence[TrainedRow], *, device: str, micro_batch: int, checkpointing: bool
+    ) -> None:
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+
+        self.rows, self.device, self.micro_batch = list(rows), torch.device(device), micro_batch or len(rows)
+        flash = self.device.type == 'cuda' and find_spec('flash_attn') is not None
+        self.dtype = torch.bfloat16 if self.device.type == 'cuda' else torch.float32
+        torch.manual_seed(0)
+        config = Qwen2Config(
+            **SIZES[size],
+            max_position_embeddings=32768,
+            initializer_range=0.05,
+            attn_implementation='flash_attention_2' if flash else 'sdpa',
+        )
+        vocabulary = max(token for row in rows for token in row.ids) + 1
+        if vocabulary > config.vocab_size:
+            raise ValueError(
+                f'The rows have token ids up to {vocabulary - 1}, --size {size} {config.vocab_size} tokens.'
+            )
+        self.model = Qwen2ForCausalLM(config).to(self.device, self.dtype).train()
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({'use_reentrant': False})
+        self.ways: dict[str, Callable[[list[TrainedRow]], torch.Tensor]] = {'padded': self._padded}
+        if flash:
+            self.ways['padding_free'] = self._padding_free
+        self.ways['shared'] = self._shared
+
+    def _padded(self, rows: list[TrainedRow]) -> torch.Tensor:
+        longest = max(len(row.ids) for row in rows)
+        ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows], device=self.device)
+        mask = torch.tensor([[1] * len(r.ids) + [0] * (longest - len(r.ids)) for r in rows], device=self.device)
+        kept = longest - min(row.prompt for row in rows)
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept + 1).logits
+        logprobs = _select(logits[:, :-1], ids[:, -kept:])
+        places = torch.arange(longest - kept, longest, device=self.device)
+        prompts = torch.tensor([row.prompt for row in rows], device=self.device)
+        return logprobs[(places >= prompts[:, None]) & mask[:, -kept:].bool()]
+
+    def _padding_free(self, rows: list[TrainedRow]) -> torch.Tensor:
+        ids = torch.tensor([[token for row in rows for token in row.ids]], device=self.device)
+        positions = torch.tensor([[i for row in rows for i in range(len(row.ids))]], device=self.device)
+        logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        trained = torch.tensor([i >= row.prompt for row in rows for i in range(len(row.ids))], device=self.device)
+        return _select(logits[:, :-1], ids[:, 1:])[0, trained[1:]]
+
+    def _shared(self, rows: list[TrainedRow]) -> torch.Tensor:
+        asked = [np.arange(row.prompt, len(row.ids)) for row in rows]
+        return trie_logprobs(self.model, build_trie([row.ids for row in rows]), asked)[0]
+
+    def logprobs(self, way: str) -> torch.Tensor:
+        """Of all trained tokens, without gradients; every way gives them in the same order."""
+        with torch.no_grad():
+            return torch.cat([self.ways[way](rows) for rows in self._micro_batches()])
+
+    def run(self, way: str) -> dict[str, float]:
+        """One forward without gradients, then one with and its backward; seconds, and the most memory above rest."""
+        self.model.zero_grad(set_to_none=False)
+        rest = self._start_of_memory()
+        seconds = {'no_grad': 0.0, 'forward': 0.0, 'backward': 0.0}
+        for rows in self._micro_batches():
+            with torch.no_grad():
+                seconds['no_grad'] += self._timed(lambda rows=rows: self.ways[way](rows))[0]
+            spent, logprobs = self._timed(lambda rows=rows: self.ways[way](rows))
+            seconds['forward'] += spent
+            weights = torch.linspace(-1, 1, len(logprobs), device=self.device)
+            seconds['backward'] += self._timed((weights * logprobs).mean().backward)[0]
+        return {**seconds, 'peak_mib': self._peak_of_memory() - rest}
+
+    def _micro_batches(self) -> list[list[TrainedRow]]:
+        return [self.rows[i : i + self.micro_batch] for i in range(0, len(self.rows), self.micro_batch)]
+
+    def _timed(self, function: Callable[[], Any]) -> tuple[float, Any]:
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        result = function()
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()
+        return time.perf_counter() - began, result
+
+    def _start_of_memory(self) -> float:
+        gc.collect()
+        if self.device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated() / 2**20
+        # Memory that was freed but not given back would hide what is taken next.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path('/proc/self/clear_refs').write_text('5')
+        return _status('VmRSS')
+
+    def _peak_of_memory(self) -> float:
+        return torch.cuda.max_memory_allocated() / 2**20 if self.device.type == 'cuda' else _status('VmHWM')
+
+
+def _status(key: str) -> float:
+    """MiB, from what Linux says of this process."""
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+def _select(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probs of `ids`, row by row, as swift takes them."""
+    found = []
+    for row, tokens in zip(logits, ids, strict=True):
+        row = row.float()
+        found.append(row.gather(-1, tokens[:, None])[:, 0] - row.logsumexp(-1))
+    return torch.stack(found)
+
+
+def measure(bench: TrainBench, repeats: int) -> dict[str, Any]:
+    """Medians of interleaved runs, and how far the ways' log-probs are apart."""
+    expected = bench.logprobs('padded')
+    gaps = {way: (bench.logprobs(way) - expected).abs().max().item() for way in bench.ways}
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in bench.ways}
+    for repeat in range(repeats + 1):
+        for way in bench.ways:
+            done = bench.run(way)
+            if repeat:  # the first is a warm-up
+                runs[way].append(done)
+    batches = bench._micro_batches()
+    tokens = sum(len(row.ids) for row in bench.rows)
+    modes = {}
+    for way, done in runs.items():
+        found = {key: median(run[key] for run in done) for key in done[0]}
+        found['policy'] = median(run['forward'] + run['backward'] for run in done)
+        modes[way] = {**found, 'gap': gaps[way]}
+    for way in modes:
+        modes[way]['speed_up'] = modes['padded']['policy'] / modes[way]['policy']
+        modes[way]['no_grad_speed_up'] = modes['padded']['no_grad'] / modes[way]['no_grad']
+    return {
+        'hardware': hardware(),
+        'threads': torch.get_num_threads(),
+        'dtype': str(bench.dtype).removeprefix('torch.'),
+        'attention': bench.model.config._attn_implementation,
+        'rows': len(bench.rows),
+        'micro_batches': len(batches),
+        'row_tokens': tokens,
+        'padded_tokens': sum(len(rows) * max(len(row.ids) for row in rows) for rows in batches),
+        'trie_tokens': sum(len(build_trie([row.ids for row in rows]).tokens) for rows in batches),
+        'repeats': repeats,
+        'modes': modes,
+    }
