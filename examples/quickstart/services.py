@@ -105,6 +105,8 @@ def offline_environment(base: Path, data: Path) -> dict[str, str]:
         'USE_HF': '1',
         'MODEL': str(base),
         'DATASET': str(data),
+        # torch's own port, so that two trainings on one machine do not meet.
+        'MASTER_PORT': str(free_port()),
     }
 
 

@@ -92,6 +92,7 @@ def train(environment: dict[str, str], tmp_path: Path) -> Callable[..., subproce
                 **environment,
                 'PORT': str(port),
                 'GROUP_PORT': str(free_port()),
+                'MASTER_PORT': str(free_port()),
                 'STEPS': str(steps),
                 'OUTPUT': str(tmp_path / 'train'),
                 **env,

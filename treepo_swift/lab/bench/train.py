@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -158,8 +159,8 @@ class TrainBench:
         seconds = {'no_grad': 0.0, 'forward': 0.0, 'backward': 0.0}
         for rows in self._micro_batches():
             with torch.no_grad():
-                seconds['no_grad'] += self._timed(lambda rows=rows: self.ways[way](rows))[0]
-            spent, logprobs = self._timed(lambda rows=rows: self.ways[way](rows))
+                seconds['no_grad'] += self._timed(partial(self.ways[way], rows))[0]
+            spent, logprobs = self._timed(partial(self.ways[way], rows))
             seconds['forward'] += spent
             weights = torch.linspace(-1, 1, len(logprobs), device=self.device)
             seconds['backward'] += self._timed((weights * logprobs).mean().backward)[0]
@@ -219,9 +220,9 @@ def measure(bench: TrainBench, repeats: int) -> dict[str, Any]:
     batches = bench._micro_batches()
     tokens = sum(len(row.ids) for row in bench.rows)
     modes = {}
-    for way, done in runs.items():
-        found = {key: median(run[key] for run in done) for key in done[0]}
-        found['policy'] = median(run['forward'] + run['backward'] for run in done)
+    for way, counted in runs.items():
+        found = {key: median(run[key] for run in counted) for key in counted[0]}
+        found['policy'] = median(run['forward'] + run['backward'] for run in counted)
         modes[way] = {**found, 'gap': gaps[way]}
     for way in modes:
         modes[way]['speed_up'] = modes['padded']['policy'] / modes[way]['policy']

@@ -149,7 +149,7 @@ def attend(
     # Under autocast rotary positions leave queries and keys in float32; SDPA would convert them, others would not.
     rows = [tensor[0].transpose(0, 1).to(value.dtype) for tensor in (query, key, value)]
     function = _varlen if can_use_varlen(rows[0], rows[1]) else _padded
-    return function(*rows, scaling, layout).unsqueeze(0)
+    return function(*rows, scaling, layout).unsqueeze(0)  # type: ignore[call-arg]
 
 
 def _padded(
@@ -220,7 +220,7 @@ def _try_varlen(query: torch.Tensor, key: torch.Tensor) -> bool:
     inputs = [(numbers * (i + 0.7)).sin().to(query).requires_grad_() for i, numbers in enumerate(made)]
     try:
         with torch.enable_grad():
-            found = [_with_gradients(function(*inputs, None, layout), inputs) for function in (_varlen, _padded)]
+            found = [_with_gradients(function(*inputs, None, layout), inputs) for function in (_varlen, _padded)]  # type: ignore[call-arg]
     except (ImportError, AttributeError, TypeError, ValueError, RuntimeError):
         return False
     return all(torch.allclose(ours, theirs, atol=3e-2, rtol=3e-2) for ours, theirs in zip(*found, strict=True))

@@ -42,7 +42,7 @@ class Edges:
             torch.from_numpy(np.ascontiguousarray(array)).to(device)
             for array in (targets.parents, targets.edge_parents, targets.edge_tokens)
         ]
-        return cls(*tensors, pieces, num_tokens)
+        return cls(*tensors, pieces, num_tokens)  # type: ignore[call-arg]
 
 
 class SharedHead:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
@@ -18,10 +18,15 @@ from .reasons import NotShared, why_not_model
 from .trie import build_trie
 from .trust import Result, Sharing
 
+if TYPE_CHECKING:
+    from swift.rlhf_trainers import GRPOTrainer as _Trainer
+else:
+    _Trainer = object
+
 logger = get_logger()
 
 
-class SharedPrefixMixin:
+class SharedPrefixMixin(_Trainer):
     """Goes before `GRPOTrainer`, with a `tree_config`. Old, reference, teacher and policy log-probs all pass here;
     what swift makes of them stays its own."""
 
