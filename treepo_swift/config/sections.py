@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Strict,
-    StringConstraints,
-    Tag,
-)
+from pydantic import AfterValidator, Field, Strict
+
+from .kinds import Favour, Flag, Name, NotNegative, Positive, Section, Temperature, choice, own_name
 
 REASONS = (
     'answer',
@@ -27,61 +19,6 @@ REASONS = (
     'depth_limit',
 )
 """Names of the stop reasons that a path of its own can have (`core.tree.StopReason` without the placeholders)."""
-
-Flag = Annotated[bool, Strict()]
-Positive = Annotated[int, Strict(), Field(ge=1)]
-NotNegative = Annotated[int, Strict(), Field(ge=0)]
-Name = Annotated[str, StringConstraints(min_length=1)]
-Favour = Literal['low', 'high']
-
-
-def _sorted_pair(value: Any) -> Any:
-    if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, int) for v in value):
-        if value[0] > value[1]:
-            raise ValueError('a pair [low, high] must have low <= high')
-    return value
-
-
-Count = Annotated[Positive | tuple[Positive, Positive], BeforeValidator(_sorted_pair)]
-"""A positive integer, or a pair [low, high] of which one is drawn."""
-Temperature = Annotated[float, Strict(), Field(ge=1e-6, le=1e6)]
-
-
-class Section(BaseModel):
-    """A part of the config. Frozen; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra='forbid', use_attribute_docstrings=True)
-
-
-# Which members of a union a reader may count on is known where it looks at the selector. Type checkers can't tell, so
-# for them a union of sections is `Any`.
-def choice(key: str, default: str, *known: type[Section], custom: type[Section] | None = None) -> Any:
-    """A union of sections that their `key` tells apart; a plain string names one, and nothing the `default`.
-
-    Names that are not `known` are `custom`: users register their own, and which are is looked up when policies load.
-    """
-    names = {name: cls for cls in known for name in get_args(cls.model_fields[key].annotation)}
-
-    def named(value: Any) -> Any:
-        if isinstance(value, str):
-            return {key: value}
-        return {key: default, **value} if isinstance(value, dict) else value
-
-    def tag(value: Any) -> str | None:
-        name = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
-        cls = names.get(name, custom) if isinstance(name, str) else custom
-        return None if cls is None else cls.__name__
-
-    members = [Annotated[cls, Tag(cls.__name__)] for cls in (*known, *([custom] if custom else []))]
-    wrong = f'{key} must be one of {", ".join(names)}'
-    discriminator = Discriminator(tag, custom_error_type='unknown_choice', custom_error_message=wrong)
-    return Annotated[Union[tuple(members)], discriminator, BeforeValidator(named)]  # noqa: UP007
-
-
-def _own(key: str, *built_in: str) -> Any:
-    """The name of something that users registered: any that is not built in."""
-    return Field(json_schema_extra={'not': {'enum': list(built_in)}}, description=f'A `{key}` that you registered.')
-
 
 # Branching.
 
@@ -120,7 +57,7 @@ class EntropyBranching(_WeightedBranching):
 class CustomBranching(Section):
     """A policy that you registered (`register_branching`)."""
 
-    policy: Name = _own('policy', 'even', 'logprob', 'entropy')
+    policy: Name = own_name('policy', 'even', 'logprob', 'entropy')
     options: dict[str, Any] = {}
     """What your policy reads as `context.config.branching.options`."""
 
@@ -220,7 +157,7 @@ class NoFallback(Section):
 class CustomFallback(_CuttingFallback):
     """A cut policy that you registered (`register_fallback`)."""
 
-    policy: Name = _own(
+    policy: Name = own_name(
         'policy',
         'random_segment',
         'random_token',
@@ -284,7 +221,7 @@ class NoAnswer(Section):
 class CustomAnswer(_Answer):
     """A detector that you registered (`register_answer`)."""
 
-    detector: Name = _own('detector', 'boxed', 'tags', 'none')
+    detector: Name = own_name('detector', 'boxed', 'tags', 'none')
 
 
 if TYPE_CHECKING:
@@ -373,7 +310,7 @@ class OtherAdvantage(_Advantage):
     """Another estimator of the package (`grpo`, `rloo`, `reinforce_plus_plus`, `progress`, `spo`, `treerl`), or one
     that you registered (`register_advantage`)."""
 
-    estimator: Name = _own('estimator', 'treepo')
+    estimator: Name = own_name('estimator', 'treepo')
     options: dict[str, Any] = {}
     """Keyword arguments of an estimator that you registered."""
 

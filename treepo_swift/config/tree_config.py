@@ -11,19 +11,15 @@ import yaml
 from pydantic import BeforeValidator, ValidationError, model_validator
 
 from .errors import ConfigError, explained
+from .kinds import Count, Flag, NotNegative, Positive, Section
 from .sections import (
     Advantage,
     Branching,
     Budget,
     Checks,
-    Count,
     EvenBranching,
     Fallback,
     Faults,
-    Flag,
-    NotNegative,
-    Positive,
-    Section,
     SegmentFallback,
     SharedPrefix,
     Stop,
