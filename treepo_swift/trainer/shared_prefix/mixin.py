@@ -152,7 +152,9 @@ class SharedPrefixMixin(_Trainer):
         )
 
     def _note_pass(self, grpo_batch: Any, is_shared: bool, seconds: float) -> None:
-        metrics = self._metrics['train' if self.model.training else 'eval']
+        if not self.model.training:
+            return
+        metrics = self._metrics['train']
         if not torch.is_grad_enabled():
             metrics['tree/logprob_seconds'].append(seconds)
             return
