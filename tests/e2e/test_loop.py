@@ -172,9 +172,10 @@ def test_mistakes_of_the_trainer_stop_the_run_and_say_why(serve, train, tmp_path
     result = train(port, script=script, steps=6)
     said = result.stdout + result.stderr
     assert result.returncode != 0, said[-2000:]
-    assert (
-        "the server does not sample from the trainer's weights" in said and 'TREEPO_CHECKS__VERIFY_WEIGHT_SYNC' in said
-    )
+    # Which of the two comparisons is the first to see it depends on how far the first steps move the policy.
+    found = ("the server does not sample from the trainer's weights", 'the server has stopped following the trainer')
+    assert any(message in said for message in found), said[-3000:]
+    assert 'TREEPO_CHECKS__VERIFY_WEIGHT_SYNC' in said
 
     bare = tmp_path / 'cpu_only.py'
     bare.write_text('from treepo_swift.compat import cpu\ncpu.apply()\n')
@@ -193,7 +194,7 @@ def test_mistakes_of_the_trainer_stop_the_run_and_say_why(serve, train, tmp_path
 @pytest.mark.parametrize(
     'env, message',
     [
-        ({'TREEPO_SEGMENT_LENGTH': '0'}, 'segment_length=0: must be an integer of at least 1'),
+        ({'TREEPO_SEGMENT_LENGTH': '0'}, 'segment_length=0: must be greater than or equal to 1'),
         ({'TREEPO_MAX_DEPTH': '99'}, '99 x 32 = 3168 tokens is over --vllm_max_model_len = 384'),
     ],
 )
