@@ -62,7 +62,10 @@ def flat(**keys: Any) -> TreeConfig:
 
 def changed(config: TreeConfig, **keys: Any) -> TreeConfig:
     """The same config but for some flat keys."""
-    return TreeConfig(**merged(config.to_note(), _nested(keys)))
+    note = config.to_note()
+    if keys.get('answer') == 'none':
+        note.get('stop', {}).pop('answer', None)
+    return TreeConfig(**merged(note, _nested(keys)))
 
 
 def _nested(keys: dict[str, Any]) -> dict[str, Any]:
