@@ -472,6 +472,7 @@ def test_servers_score_while_the_trainer_does():
     servers.infer = infer_and_tell
     trainer._score = lambda ids: score(ids) if answered.wait(60) else pytest.fail('nobody was asked before')
     trainer._verify_weight_sync(trainer._sync_proof)
+    assert servers.asked == 1 and trainer._sync_proof.servers
 
 
 @pytest.mark.parametrize('dtype, fits', [('bfloat16', True), ('float32', False)])

@@ -70,17 +70,17 @@ def explained(error: ValidationError, model: type[BaseModel], values: Mapping[st
     problems: dict[Keys, str] = {}
     for details in error.errors(include_url=False):
         keys = tuple(_keys(details['loc'], values, missing=details['type'] == 'missing'))
-        sentence = _sentence(details, keys, model, values)
+        sentence = _sentence(details, keys, model)
         begun = problems.get(keys, '').removesuffix('.')
         # A value that may be of several kinds has an error for each.
         problems[keys] = f'{begun} or {sentence.partition(": must be ")[2]}' if ': must be ' in begun else sentence
     return ConfigError(' '.join(problems.values()), problems)
 
 
-def _sentence(details: Any, keys: Keys, model: type[BaseModel], values: Mapping[str, Any]) -> str:
+def _sentence(details: Any, keys: Keys, model: type[BaseModel]) -> str:
     name, message = '.'.join(keys), details['msg'].removeprefix('Value error, ')
     if details['type'] == 'extra_forbidden':
-        return _unknown(keys, model, values)
+        return _unknown(keys, model)
     if details['type'] == 'missing':
         return f'{name} is missing.'
     if not keys:
@@ -101,7 +101,7 @@ def _keys(location: tuple[Any, ...], values: Any, *, missing: bool) -> Iterator[
             yield str(part)
 
 
-def _unknown(keys: Keys, model: type[BaseModel], values: Mapping[str, Any]) -> str:
+def _unknown(keys: Keys, model: type[BaseModel]) -> str:
     *sections, key = keys
     if not sections and key in MOVED:
         return f'{key!r} is {MOVED[key]} now (keys are in sections).'
@@ -110,7 +110,6 @@ def _unknown(keys: Keys, model: type[BaseModel], values: Mapping[str, Any]) -> s
     members = [model]
     for section in sections:
         members = [inner for cls in members if section in cls.model_fields for inner in models_of(cls, section)]
-        values = values[section] if isinstance(values.get(section), Mapping) else {}
     having = [cls for cls in members if key in cls.model_fields]
     name = '.'.join(keys)
     if having and len(members) > 1:

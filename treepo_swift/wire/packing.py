@@ -94,7 +94,8 @@ def _pack(outputs: Sequence[RolloutOutput]) -> dict[str, Any]:
         if messages[len(common) :] != [_answer(output)]:
             output['messages'] = messages[len(common) :]
     columns: dict[str, Any] = {}
-    nearest = [_nearest([_nodes(output) for output in outputs], index) for index in range(len(outputs))]
+    paths = [_nodes(output) for output in outputs]
+    nearest = [_nearest(paths, index) for index in range(len(paths))]
     for name, dtype in TYPES.items():
         turns = [[len(turn) for turn in getattr(output, name)] for output in outputs]
         rows = [np.array(list(chain.from_iterable(getattr(output, name))), dtype) for output in outputs]
