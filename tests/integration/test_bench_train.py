@@ -46,7 +46,7 @@ def test_one_command_one_file(tmp_path, capsys, monkeypatch):
     asked = ['--prompts', '1', '--width', '4', '--repeats', '1', '--json', str(out), '--device', 'cpu']
     assert main(['bench', '--train', '--lengths', str(lengths), *asked]) == 0
     found = json.loads(out.read_text())
-    assert '| shared ' in capsys.readouterr().out and found['modes']['shared']['gap'] < 1e-4
+    assert ' shared ' in capsys.readouterr().out and found['modes']['shared']['gap'] < 1e-4
     assert found['trie_tokens'] < found['row_tokens'] <= found['padded_tokens']
     rows = tmp_path / 'rows.json'
     rows.write_text(json.dumps([[2, [1, 2, 3, 4]], [2, [1, 2, 3, 5]]]))

@@ -56,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument('--rows', metavar='FILE', help='recorded rows instead of grown trees')
     train.add_argument('--prompt-tokens', type=int, default=64, help='of each grown tree (default 64)')
     train.add_argument('--micro-batch', type=int, default=0, help='rows of a micro-batch (default: all of them)')
+    train.add_argument('--padded-micro-batch', type=int, default=0, help='the same where logits of whole rows are made')
+    train.add_argument('--ways', default='', help='of padded, padding_free (with flash-attn), packed, shared')
     train.add_argument('--checkpointing', action='store_true', help='gradient checkpointing')
     train.add_argument('--device', default='', help='cuda or cpu (default: cuda where there is one)')
     parser.add_argument('--json', metavar='FILE', help='write all figures there')
@@ -124,12 +126,19 @@ def _train(args: argparse.Namespace) -> int:
         )
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     bench = train.TrainBench(
-        args.size, rows, device=device, micro_batch=args.micro_batch, checkpointing=args.checkpointing
+        args.size,
+        rows,
+        device=device,
+        micro_batch=args.micro_batch,
+        padded_micro_batch=args.padded_micro_batch,
+        checkpointing=args.checkpointing,
+        ways=args.ways.split(',') if args.ways else (),
     )
     found = train.measure(bench, args.repeats)
     print(
         f'{found["hardware"]}, {found["dtype"]}, {found["attention"]}, random Qwen2 of size {args.size}, '
-        f'{found["rows"]} rows in {found["micro_batches"]} micro-batches, medians of {args.repeats} interleaved runs\n'
+        f'{found["rows"]} rows, medians of {args.repeats} interleaved runs, '
+        f'{"variable-length" if found["varlen"] else "padded"} attention over tries\n'
         f'{found["row_tokens"]:,} row tokens, {found["padded_tokens"]:,} padded, {found["trie_tokens"]:,} in tries '
         f'(ratio {found["row_tokens"] / found["trie_tokens"]:.2f})'
     )
@@ -138,16 +147,20 @@ def _train(args: argparse.Namespace) -> int:
             [
                 {
                     'way': way,
+                    'micro-batches': found['micro_batches'][way],
                     **{f'{key} s': f'{figures[key]:.3f}' for key in ('no_grad', 'forward', 'backward')},
                     'policy pass': f'{figures["speed_up"]:.2f} x',
                     'no-grad pass': f'{figures["no_grad_speed_up"]:.2f} x',
                     'peak MiB': f'{figures["peak_mib"]:.0f}',
                     'largest gap': f'{figures["gap"]:.1e}',
+                    'mean gap': f'{figures["mean_gap"]:.1e}',
                 }
                 for way, figures in found['modes'].items()
             ]
         )
     )
+    if found['too_large']:
+        print(f'Not enough memory for {", ".join(found["too_large"])}: give a smaller --micro-batch.')
     _write(args.json, found)
     return 0
 

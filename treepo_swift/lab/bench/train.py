@@ -1,4 +1,10 @@
-"""Log-probs and gradients of a policy pass: padded rows, rows without padding, and the trie. Interleaved, medians."""
+"""Log-probs and gradients of a policy pass, interleaved, medians. The ways:
+
+padded        as swift computes rows by default
+padding_free  as swift computes them with --padding_free, where flash-attn is installed
+packed        rows without padding by this package's own attention and head, nothing merged
+shared        the same over their trie: against `packed` it shows what merging alone gives
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,8 @@ import gc
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -23,8 +30,9 @@ from treepo_swift.core.messages import Limits, Segment
 from treepo_swift.core.search import TreeSearch
 from treepo_swift.core.tree import StopReason, response_ids
 from treepo_swift.lab.lengths import LengthDistribution
+from treepo_swift.trainer.shared_prefix.attention import can_use_varlen
 from treepo_swift.trainer.shared_prefix.logprobs import trie_logprobs
-from treepo_swift.trainer.shared_prefix.trie import build_trie
+from treepo_swift.trainer.shared_prefix.trie import Trie, build_trie, lay_out_rows
 
 from .result import hardware
 
@@ -98,11 +106,21 @@ class TrainBench:
     """A model with random weights and the rows of one micro-batch."""
 
     def __init__(
-        self, size: str, rows: Sequence[TrainedRow], *, device: str, micro_batch: int, checkpointing: bool
+        self,
+        size: str,
+        rows: Sequence[TrainedRow],
+        *,
+        device: str,
+        micro_batch: int,
+        padded_micro_batch: int = 0,
+        checkpointing: bool,
+        ways: Sequence[str] = (),
     ) -> None:
+        """`padded_micro_batch` rows at once where logits of whole rows are made, as swift does; 0: as the others."""
         from transformers import Qwen2Config, Qwen2ForCausalLM
 
         self.rows, self.device, self.micro_batch = list(rows), torch.device(device), micro_batch or len(rows)
+        self.padded_micro_batch = padded_micro_batch or self.micro_batch
         flash = self.device.type == 'cuda' and find_spec('flash_attn') is not None
         self.dtype = torch.bfloat16 if self.device.type == 'cuda' else torch.float32
         torch.manual_seed(0)
@@ -117,13 +135,22 @@ class TrainBench:
             raise ValueError(
                 f'The rows have token ids up to {vocabulary - 1}, --size {size} {config.vocab_size} tokens.'
             )
-        self.model = Qwen2ForCausalLM(config).to(self.device, self.dtype).train()
+        # Made where it is used: 7 billion weights are drawn slowly by a CPU.
+        with self.device, _default_dtype(self.dtype):
+            self.model = Qwen2ForCausalLM(config).train()
         if checkpointing:
             self.model.gradient_checkpointing_enable({'use_reentrant': False})
-        self.ways: dict[str, Callable[[list[TrainedRow]], torch.Tensor]] = {'padded': self._padded}
-        if flash:
-            self.ways['padding_free'] = self._padding_free
-        self.ways['shared'] = self._shared
+        known: dict[str, Callable[[list[TrainedRow]], torch.Tensor]] = {
+            'padded': self._padded,
+            'padding_free': self._padding_free,
+            'packed': partial(self._without_padding, lay_out_rows),
+            'shared': partial(self._without_padding, build_trie),
+        }
+        if not flash:
+            del known['padding_free']
+        if unknown := [way for way in ways if way not in known]:
+            raise ValueError(f'--ways: {", ".join(unknown)} can not be run here; allowed are {", ".join(known)}.')
+        self.ways = {way: known[way] for way in ways or known}
 
     def _padded(self, rows: list[TrainedRow]) -> torch.Tensor:
         longest = max(len(row.ids) for row in rows)
@@ -143,21 +170,21 @@ class TrainBench:
         trained = torch.tensor([i >= row.prompt for row in rows for i in range(len(row.ids))], device=self.device)
         return _select(logits[:, :-1], ids[:, 1:])[0, trained[1:]]
 
-    def _shared(self, rows: list[TrainedRow]) -> torch.Tensor:
+    def _without_padding(self, lay_out: Callable[[list[list[int]]], Trie], rows: list[TrainedRow]) -> torch.Tensor:
         asked = [np.arange(row.prompt, len(row.ids)) for row in rows]
-        return trie_logprobs(self.model, build_trie([row.ids for row in rows]), asked)[0]
+        return trie_logprobs(self.model, lay_out([row.ids for row in rows]), asked)[0]
 
     def logprobs(self, way: str) -> torch.Tensor:
         """Of all trained tokens, without gradients; every way gives them in the same order."""
         with torch.no_grad():
-            return torch.cat([self.ways[way](rows) for rows in self._micro_batches()])
+            return torch.cat([self.ways[way](rows) for rows in self._micro_batches(way)])
 
     def run(self, way: str) -> dict[str, float]:
         """One forward without gradients, then one with and its backward; seconds, and the most memory above rest."""
         self.model.zero_grad(set_to_none=False)
         rest = self._start_of_memory()
         seconds = {'no_grad': 0.0, 'forward': 0.0, 'backward': 0.0}
-        for rows in self._micro_batches():
+        for rows in self._micro_batches(way):
             with torch.no_grad():
                 seconds['no_grad'] += self._timed(partial(self.ways[way], rows))[0]
             spent, logprobs = self._timed(partial(self.ways[way], rows))
@@ -166,8 +193,17 @@ class TrainBench:
             seconds['backward'] += self._timed((weights * logprobs).mean().backward)[0]
         return {**seconds, 'peak_mib': self._peak_of_memory() - rest}
 
-    def _micro_batches(self) -> list[list[TrainedRow]]:
-        return [self.rows[i : i + self.micro_batch] for i in range(0, len(self.rows), self.micro_batch)]
+    def _micro_batches(self, way: str = '') -> list[list[TrainedRow]]:
+        size = self.padded_micro_batch if way in ('padded', 'padding_free') else self.micro_batch
+        return [self.rows[i : i + size] for i in range(0, len(self.rows), size)]
+
+    def uses_varlen(self) -> bool:
+        """Whether `packed` and `shared` run by torch's variable-length attention."""
+        config = self.model.config
+        size = config.hidden_size // config.num_attention_heads
+        heads = (config.num_attention_heads, config.num_key_value_heads)
+        query, key = (torch.zeros(1, n, size, device=self.device, dtype=self.dtype) for n in heads)
+        return can_use_varlen(query, key)
 
     def _timed(self, function: Callable[[], Any]) -> tuple[float, Any]:
         if self.device.type == 'cuda':
@@ -192,6 +228,16 @@ class TrainBench:
         return torch.cuda.max_memory_allocated() / 2**20 if self.device.type == 'cuda' else _status('VmHWM')
 
 
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _status(key: str) -> float:
     """MiB, from what Linux says of this process."""
     lines = Path('/proc/self/status').read_text().splitlines()
@@ -208,35 +254,49 @@ def _select(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def measure(bench: TrainBench, repeats: int) -> dict[str, Any]:
-    """Medians of interleaved runs, and how far the ways' log-probs are apart."""
-    expected = bench.logprobs('padded')
-    gaps = {way: (bench.logprobs(way) - expected).abs().max().item() for way in bench.ways}
+    """Medians of interleaved runs, and how far the ways' log-probs are from the first way's."""
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in bench.ways}
+    logprobs: dict[str, torch.Tensor] = {}
+    too_large = []
+    # The first run is a warm-up.
     for repeat in range(repeats + 1):
-        for way in bench.ways:
-            done = bench.run(way)
-            if repeat:  # the first is a warm-up
+        for way in list(runs):
+            try:
+                if not repeat:
+                    logprobs[way] = bench.logprobs(way).cpu()
+                done = bench.run(way)
+            except torch.OutOfMemoryError:
+                del runs[way]
+                too_large.append(way)
+                torch.cuda.empty_cache()
+                continue
+            if repeat:
                 runs[way].append(done)
-    batches = bench._micro_batches()
-    tokens = sum(len(row.ids) for row in bench.rows)
+    if not runs:
+        raise ValueError('No way of computing these rows fits into memory: give a smaller --micro-batch.')
+    first = next(iter(runs))
     modes = {}
     for way, counted in runs.items():
         found = {key: median(run[key] for run in counted) for key in counted[0]}
         found['policy'] = median(run['forward'] + run['backward'] for run in counted)
-        modes[way] = {**found, 'gap': gaps[way]}
+        gaps = (logprobs[way] - logprobs[first]).abs()
+        modes[way] = {**found, 'gap': gaps.max().item(), 'mean_gap': gaps.mean().item()}
     for way in modes:
-        modes[way]['speed_up'] = modes['padded']['policy'] / modes[way]['policy']
-        modes[way]['no_grad_speed_up'] = modes['padded']['no_grad'] / modes[way]['no_grad']
+        modes[way]['speed_up'] = modes[first]['policy'] / modes[way]['policy']
+        modes[way]['no_grad_speed_up'] = modes[first]['no_grad'] / modes[way]['no_grad']
+    batches = bench._micro_batches()
     return {
         'hardware': hardware(),
         'threads': torch.get_num_threads(),
         'dtype': str(bench.dtype).removeprefix('torch.'),
         'attention': bench.model.config._attn_implementation,
+        'varlen': bench.uses_varlen(),
         'rows': len(bench.rows),
-        'micro_batches': len(batches),
-        'row_tokens': tokens,
-        'padded_tokens': sum(len(rows) * max(len(row.ids) for row in rows) for rows in batches),
+        'micro_batches': {way: len(bench._micro_batches(way)) for way in modes},
+        'row_tokens': sum(len(row.ids) for row in bench.rows),
+        'padded_tokens': sum(len(rows) * max(len(row.ids) for row in rows) for rows in bench._micro_batches('padded')),
         'trie_tokens': sum(len(build_trie([row.ids for row in rows]).tokens) for rows in batches),
         'repeats': repeats,
+        'too_large': too_large,
         'modes': modes,
     }

@@ -7,6 +7,7 @@ size go together into one padded call of torch's scaled dot-product attention.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -182,6 +183,9 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     positions, queries, keys, most_queries, most_keys = layout.lengths()
+    options: dict[str, Any] = {'scale': scaling, 'window_size': (-1, 0)}
+    if 'enable_gqa' in inspect.signature(varlen_attn).parameters:  # else fewer heads of keys are taken as they are
+        options['enable_gqa'] = key.shape[1] != query.shape[1]
     return varlen_attn(
         query.contiguous(),
         key.index_select(0, positions),
@@ -190,9 +194,7 @@ def _varlen(
         keys,
         most_queries,
         most_keys,
-        scale=scaling,
-        window_size=(-1, 0),
-        enable_gqa=key.shape[1] != query.shape[1],
+        **options,
     )
 
 

@@ -81,6 +81,20 @@ def build_trie(rows: Sequence[Sequence[int] | Ints]) -> Trie:
     return Trie(np.concatenate([empty, *tokens]), np.concatenate([empty, *depths]), tuple(paths), tuple(chains))
 
 
+def lay_out_rows(rows: Sequence[Sequence[int] | Ints]) -> Trie:
+    """Rows one after the other, nothing merged, for comparison: what a batch without padding computes."""
+    arrays = [np.asarray(row, dtype=np.int64) for row in rows]
+    starts = np.cumsum([0, *map(len, arrays)])
+    paths = tuple(np.arange(start, start + len(array)) for start, array in zip(starts, arrays))
+    empty = np.empty(0, np.int64)
+    return Trie(
+        np.concatenate([empty, *arrays]),
+        np.concatenate([empty, *(np.arange(len(array)) for array in arrays)]),
+        paths,
+        tuple(Chain(start=int(path[0]), depth=0, path=path) for path in paths if len(path)),
+    )
+
+
 def _common_prefix(a: Ints, b: Ints) -> int:
     length = min(len(a), len(b))
     different = a[:length] != b[:length]
