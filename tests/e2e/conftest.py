@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,24 @@ sys.path.insert(0, str(QUICKSTART))
 from services import Service, free_port
 
 
+def run_whole(
+    command: list[str], *, timeout: float, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` with captured output, but a command that takes too long ends with all of its children: the
+    ranks of a training would go on by themselves, and take the cores of every test after it."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired as e:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        said = stdout[-3000:] + stderr[-3000:]
+        raise TimeoutError(f'{" ".join(command[:3])} ... ran for more than {timeout:.0f} s. It said:\n{said}') from e
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
 @pytest.fixture(scope='session')
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quickstart's model after a few seconds of pre-training: it answers, mostly wrong."""
@@ -33,7 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope='session')
-def environment(model: Path) -> dict[str, str]:
+def environment(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     env = {key: value for key, value in os.environ.items() if not key.startswith('TREEPO_')}
     env.update(
         PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
@@ -43,6 +62,9 @@ def environment(model: Path) -> dict[str, str]:
         TRANSFORMERS_OFFLINE='1',
         USE_HF='1',
         SEED='1',
+        # DeepSpeed compiles here. Where it usually does, the lock of a run that was killed while it compiled makes
+        # every later run wait for good.
+        TORCH_EXTENSIONS_DIR=str(tmp_path_factory.mktemp('torch_extensions')),
     )
     return env
 
@@ -83,10 +105,8 @@ def train(environment: dict[str, str], tmp_path: Path) -> Callable[..., subproce
     def run(
         port: int, *args: str, script: Path = QUICKSTART / 'train.sh', steps: int = 3, **env: str
     ) -> subprocess.CompletedProcess:
-        return subprocess.run(
+        return run_whole(
             ['bash', str(script), *args],
-            capture_output=True,
-            text=True,
             timeout=400,
             env={
                 **environment,

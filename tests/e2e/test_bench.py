@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.conftest import run_whole
+
 ENGINE = [
     '--model_type',
     'qwen2',
@@ -29,7 +31,7 @@ ENGINE = [
 @pytest.fixture
 def command(environment: dict[str, str], model: Path):
     def run(*args: str, engine: bool = True, **env: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
+        return run_whole(
             [
                 sys.executable,
                 '-m',
@@ -37,8 +39,6 @@ def command(environment: dict[str, str], model: Path):
                 *args,
                 *(['--', '--model', str(model), *ENGINE] if engine else []),
             ],
-            capture_output=True,
-            text=True,
             timeout=300,
             env={**environment, 'VLLM_CPU_KVCACHE_SPACE': '1', **env},
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from base64 import b64encode
 from pathlib import Path
@@ -22,7 +21,7 @@ pytest.importorskip(
 
 from transformers import Idefics3ForConditionalGeneration, Idefics3Processor
 
-from tests.e2e.conftest import QUICKSTART, ROOT, Service, free_port
+from tests.e2e.conftest import QUICKSTART, ROOT, Service, free_port, run_whole
 from tests.e2e.vision import BOS, COLORS, EOS, QUESTION, make_dataset, make_model, make_pictures
 from treepo_swift.wire.note import RequestNote
 
@@ -77,7 +76,7 @@ def train(environment: dict[str, str]) -> None:
     }
     flags = [word for name, value in options.items() for word in (f'--{name}', str(value))]
     command = ['bash', str(QUICKSTART / 'train.sh'), *BOTH, *flags]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+    result = run_whole(command, timeout=400, env=environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
 

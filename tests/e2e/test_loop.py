@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 from pathlib import Path
 from statistics import median
 
@@ -15,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.e2e.conftest import QUICKSTART, ROOT
+from tests.e2e.conftest import QUICKSTART, ROOT, run_whole
 from tests.flat import flat
 from treepo_swift.config import TreeConfig
 from treepo_swift.trainer.weight_sync import PROBE_TEXT
@@ -203,10 +202,8 @@ def test_mistakes_of_the_trainer_stop_the_run_and_say_why(serve, train, tmp_path
     ],
 )
 def test_bad_settings_of_the_server_are_refused_before_a_model_loads(env, message, environment):
-    result = subprocess.run(
+    result = run_whole(
         ['bash', str(QUICKSTART / 'rollout.sh')],
-        capture_output=True,
-        text=True,
         timeout=200,
         env={**environment, **env},
     )
@@ -216,7 +213,7 @@ def test_bad_settings_of_the_server_are_refused_before_a_model_loads(env, messag
 
 
 def test_a_sync_engine_is_refused(environment):
-    result = subprocess.run(
+    result = run_whole(
         [
             'swift',
             'rollout',
@@ -233,8 +230,6 @@ def test_a_sync_engine_is_refused(environment):
             '--vllm_use_async_engine',
             'false',
         ],
-        capture_output=True,
-        text=True,
         timeout=200,
         env=environment,
     )

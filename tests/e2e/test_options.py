@@ -148,9 +148,8 @@ def outcomes(port: int, environment: dict[str, str], tmp_path_factory: pytest.Te
     script.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" "{Path(__file__).resolve()}" "$@"\n')
     script.chmod(0o755)
     write_cases(folder, environment['MODEL'], [*CASES, *(f'refused_{name}' for name in REFUSED)])
-    result = train(
-        port, environment, folder, CASES=str(folder), PATH=f'{script.parent}{os.pathsep}{environment["PATH"]}'
-    )
+    path = f'{script.parent}{os.pathsep}{environment["PATH"]}'
+    result = train(port, environment, folder, timeout=1500, CASES=str(folder), PATH=path)
     (folder / 'log').write_text(result.stdout + result.stderr)
     assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
     return folder
@@ -179,18 +178,18 @@ def write_cases(folder: Path, model: str, names: list[str]) -> None:
     )
 
 
-def train(port: int, environment: dict[str, str], folder: Path, *args: str, **env: str) -> subprocess.CompletedProcess:
+def train(
+    port: int, environment: dict[str, str], folder: Path, *args: str, timeout: float = 400, **env: str
+) -> subprocess.CompletedProcess[str]:
     """The quickstart's train.sh for one step on short responses, with the test's reward function."""
-    from tests.e2e.conftest import QUICKSTART, free_port
+    from tests.e2e.conftest import QUICKSTART, free_port, run_whole
 
     text = (QUICKSTART / 'train.sh').read_text().replace('$here', str(QUICKSTART))
     script = folder / 'train.sh'
     script.write_text(text.replace(f'"{QUICKSTART}/reward.py"', f'"{QUICKSTART}/reward.py" "{folder}/reward.py"'))
-    return subprocess.run(
+    return run_whole(
         ['bash', str(script), '--max_completion_length', '128', '--check_model', 'false', *args],
-        capture_output=True,
-        text=True,
-        timeout=1200,
+        timeout=timeout,
         env={
             **environment,
             'PORT': str(port),
