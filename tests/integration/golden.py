@@ -1,4 +1,5 @@
-"""Writes and reads `golden.json`: 50 seeded trees, as they were before the package got its rooms."""
+"""Writes and reads `golden.json`: 50 seeded trees, as they were before the package got its rooms. Since then only the
+order of a tree's trajectories has changed: depth-first."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from treepo_swift.config import TreeConfig
 from treepo_swift.core.policies.branching import branching_policies
 from treepo_swift.core.policies.fallback import cut_policies
 from treepo_swift.core.search import Segment, TreeSearch
-from treepo_swift.core.tree import Node, StopReason, response_ids, response_logprobs
+from treepo_swift.core.tree import Node, StopReason, Tree, response_ids, response_logprobs
 
 small = st.integers(1, 12)
 pairs = st.tuples(st.integers(1, 3), st.integers(3, 9))
@@ -145,6 +146,26 @@ def test_engine_input_is_prompt_plus_nodes_and_every_token_sits_on_one_node(conf
 @settings(max_examples=60, deadline=None)
 def test_one_seed_one_tree(config, width, seed):
     assert shape(grow(laws_search(config, width, seed))) == shape(grow(laws_search(config, width, seed)))
+
+
+@given(configs, widths, seeds)
+@settings(max_examples=60)
+def test_trajectories_that_share_a_node_lie_next_to_each_other(config, width, seed):
+    sources = {}
+    put_in_order = Tree._order_depth_first
+
+    def watched(tree):
+        sources.update({p.id: tree.trajectories[p.fallback_from] for p in tree.trajectories if is_cut(p)})
+        put_in_order(tree)
+
+    is_cut = lambda path: path.fallback_from not in (None, -1)
+    with mock.patch.object(Tree, '_order_depth_first', watched):
+        trajectories = grow(laws_search(config, width, seed)).tree.trajectories
+    paths = [{id(node) for node in path.leaf.lineage()} for path in trajectories if not path.is_placeholder]
+    for node in set().union(*paths):
+        through = [i for i, path in enumerate(paths) if node in path]
+        assert through == list(range(through[0], through[-1] + 1))
+    assert {p.id: trajectories[p.fallback_from] for p in trajectories if is_cut(p)} == sources
 
 
 @given(configs, widths, seeds)

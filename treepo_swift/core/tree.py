@@ -221,12 +221,28 @@ class Tree:
         )
 
     def add_trajectory(self, path: Path, *, last: bool) -> None:
-        """Append a finished path; the `last` one numbers the nodes, in the order in which trajectories visit them."""
+        """Append a finished path; the `last` one puts trajectories and node ids in depth-first order."""
         self.trajectories.append(path)
-        if not last:
-            return
+        if last:
+            self._order_depth_first()
+
+    def _order_depth_first(self) -> None:
+        """Trajectories that share most lie next to each other, so a trainer that cuts a tree into micro-batches cuts
+        little of what they share. Branches of a node stay in the order in which their first trajectory was added;
+        placeholders come last."""
+        visited: dict[int, int] = {}
+        visits = [
+            [visited.setdefault(id(node), len(visited)) for node in trajectory.leaf.lineage()]
+            for trajectory in self.trajectories
+        ]
+        order = sorted(range(len(visits)), key=lambda i: (self.trajectories[i].is_placeholder, visits[i]))
+        place = {before: now for now, before in enumerate(order)}
+        self.trajectories = [self.trajectories[before] for before in order]
         number = 0
         for trajectory in self.trajectories:
+            if trajectory.fallback_from is not None:
+                # -1, a new branch of the root, stays what it is.
+                trajectory.fallback_from = place.get(trajectory.fallback_from, trajectory.fallback_from)
             for node in trajectory.leaf.lineage():
                 if not node.id:
                     number += 1
