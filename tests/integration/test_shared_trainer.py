@@ -12,10 +12,15 @@ import pytest
 torch = pytest.importorskip('torch')
 pytest.importorskip('swift')
 
+from accelerate.utils import DistributedType
+from swift.rlhf_trainers import GRPOTrainer
+
 from tests.integration.test_shared_logprobs import VOCABULARY, assert_same_gradients, build
 from treepo_swift.config import TreeConfig
 from treepo_swift.trainer.shared_prefix import mixin, trust
 from treepo_swift.trainer.shared_prefix.batch import CACHE, OUTSIDE, read_rows
+from treepo_swift.trainer.shared_prefix.joining import affordable_tokens, windows
+from treepo_swift.trainer.shared_prefix.trie import build_trie
 
 W = 4
 """Rows of a group."""
@@ -86,6 +91,7 @@ def build_trainer(model: Any, *, shared: dict[str, Any] | None = None, free: boo
         report_to=[],
         per_device_eval_batch_size=2 * W,
         use_liger_kernel=False,
+        optim='adamw_torch',
     )
     args.update({key: changes.pop(key) for key in list(changes) if key in args})
     trainer.__dict__.update(
@@ -100,6 +106,7 @@ def build_trainer(model: Any, *, shared: dict[str, Any] | None = None, free: boo
             num_processes=1,
             is_main_process=True,
             mixed_precision='no',
+            distributed_type=DistributedType.NO,
             gather_for_metrics=lambda value: value,
             unwrap_model=lambda model: model,
         ),
@@ -279,6 +286,150 @@ def test_it_can_be_switched_off(monkeypatch):
     monkeypatch.setattr(mixin, 'read_rows', lambda *args, **kwargs: pytest.fail('read'))
     *_, trainer = loss_of(build('Qwen2').train(), enabled=False)
     assert trainer._metrics['train']['tree/train_token_ratio'] == [1.0]
+
+
+# Micro-batches of one optimizer step.
+
+
+def cut(size: int, layout: str = 'right') -> list[dict[str, Any]]:
+    """The two trees in micro-batches of `size` rows, the same each time."""
+    rows, dice = group_rows(), torch.Generator().manual_seed(3)
+    batches = []
+    for i in range(0, len(rows), size):
+        inputs, batch = micro_batch(rows[i : i + size], layout=layout, masked=i == 0)
+        batch.advantages = torch.randn(batch.completion_mask.shape, generator=dice, dtype=torch.float64)
+        batches.append({'model_inputs': inputs, 'grpo_batch': batch})
+    for batch in batches:
+        batch['grpo_batch'].num_items_in_batch = sum(b['grpo_batch'].completion_mask.sum() for b in batches)
+    return batches
+
+
+def optimizer_steps(
+    model: Any, monkeypatch: pytest.MonkeyPatch, steps: int, *, size: int = 2, layout: str = 'right', **changes: Any
+) -> tuple[list[Any], list[dict[str, Any]], Any, int]:
+    """Losses, gradients after each of `steps` optimizer steps, the trainer, and how many forwards had gradients."""
+    batches = cut(size, layout)
+    per_step = len(batches) // steps
+    trainer = build_trainer(
+        model,
+        free=layout == 'free',
+        gradient_accumulation_steps=per_step,
+        steps_per_generation=len(batches),
+        per_device_train_batch_size=size,
+        **changes,
+    )
+
+    def training_step(self: Any, model: Any, batch: Any, num_items_in_batch: Any = None) -> Any:
+        loss, metrics = self._compute_loss_and_metrics(model, dict(batch['model_inputs']), batch['grpo_batch'])
+        (loss / per_step).backward()
+        return loss.item(), metrics
+
+    monkeypatch.setattr(GRPOTrainer, 'training_step', training_step)
+    forwards: list[int] = []
+    hook = model.register_forward_pre_hook(lambda *_: forwards.append(1) if torch.is_grad_enabled() else None)
+    trainer._find_following(batches)
+    results, gradients = [], []
+    model.zero_grad()
+    for i, batch in enumerate(batches):
+        trainer.accelerator.sync_gradients = (i + 1) % per_step == 0
+        results.append(trainer.training_step(model, batch))
+        if trainer.accelerator.sync_gradients:
+            assert trainer._joined is None
+            gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+            model.zero_grad()
+    hook.remove()
+    return results, gradients, trainer, len(forwards)
+
+
+@pytest.mark.parametrize('layout', ['right', 'free'])
+@pytest.mark.parametrize('loss_type', [name for name in LOSSES if name != 'real'])  # it wants whole groups
+@pytest.mark.parametrize('size, steps', [(2, 1), (2, 2), (1, 1)])
+def test_joined_micro_batches_have_their_own_losses_and_the_same_gradients(size, steps, loss_type, layout, monkeypatch):
+    model = build('Qwen2').train()
+    changes = dict(size=size, layout=layout, loss_type=loss_type)
+    found = optimizer_steps(model, monkeypatch, steps, shared={'max_tokens': 1000}, **changes)
+    plain = optimizer_steps(model, monkeypatch, steps, shared={'enabled': False}, **changes)
+    for (loss, metrics), (expected, wanted_metrics) in zip(found[0], plain[0], strict=True):
+        assert loss == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        numbers, wanted = flattened(metrics), flattened(wanted_metrics)
+        assert numbers.keys() == wanted.keys()
+        for name, value in numbers.items():
+            assert value == pytest.approx(wanted[name], rel=1e-7, abs=1e-12, nan_ok=True), name
+    for ours, theirs in zip(found[1], plain[1], strict=True):
+        assert_same_gradients(ours, theirs, 1e-6)
+    # One forward for all micro-batches of a step.
+    assert (found[3], plain[3]) == (steps, len(found[0]))
+
+
+def test_what_does_not_fit_is_not_joined(monkeypatch):
+    model = build('Qwen2').train()
+    shared = lambda most: {'max_tokens': most}
+    forwards = lambda most: optimizer_steps(model, monkeypatch, 1, shared=shared(most))[3]
+    rows = [row for _, row in group_rows()]
+    larger = max(len(build_trie(tree).tokens) for tree in (rows[:W], rows[W:]))
+    assert [forwards(most) for most in (1, larger, 1000)] == [4, 2, 1]
+    # Without a number: as many tokens as a micro-batch has row by row, padding included.
+    assert forwards(None) == 2
+
+
+def test_with_checkpointing_more_fits():
+    model = build('Qwen2').train()
+    assert affordable_tokens(model, 100) == 100
+    model.gradient_checkpointing_enable({'use_reentrant': False})
+    config = model.config
+    kept = 2 * config.num_hidden_layers * config.hidden_size + 17 * config.intermediate_size
+    assert affordable_tokens(model, 100) == int(100 * (1 + 5 * config.vocab_size / kept)) > 100
+
+
+def test_steps_and_rollouts_that_do_not_meet_join_nothing():
+    assert [list(w) for w in windows(4, 2)] == [[0, 1], [2, 3]]
+    assert [list(w) for w in windows(2, 4)] == [[0, 1]]
+    assert [list(w) for w in windows(3, 2)] == [[0], [1], [2]]
+
+
+def test_a_step_that_ends_early_loses_no_gradient(monkeypatch):
+    """The last optimizer step of an epoch may have fewer micro-batches than were computed together."""
+    model = build('Qwen2').train()
+    batches = cut(2)
+    monkeypatch.setattr(
+        GRPOTrainer,
+        'training_step',
+        lambda self, model, batch, n=None: self._compute_loss_and_metrics(
+            model, dict(batch['model_inputs']), batch['grpo_batch']
+        )[0].backward(),
+    )
+    found = []
+    for enabled in (True, False):
+        trainer = build_trainer(model, shared={'enabled': enabled, 'max_tokens': 1000}, gradient_accumulation_steps=4)
+        trainer._find_following(batches)
+        model.zero_grad()
+        for i in (0, 1):
+            trainer.accelerator.sync_gradients = i == 1
+            trainer.training_step(model, batches[i])
+        assert trainer._joined is None
+        found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    assert_same_gradients(*found, 1e-6)
+
+
+@pytest.mark.parametrize(
+    'changes, reason',
+    [
+        (dict(dynamic_num_samples=True), 'other numbers of samples'),
+        (dict(optim='lomo'), 'updates weights within the backward'),
+        (dict(distributed=DistributedType.DEEPSPEED), 'DEEPSPEED counts the passes'),
+        (dict(distributed=DistributedType.FSDP), 'FSDP counts the passes'),
+    ],
+)
+def test_where_nothing_is_joined(changes, reason, lines):
+    distributed = changes.pop('distributed', DistributedType.NO)
+    trainer = build_trainer(build('Qwen2').train(), gradient_accumulation_steps=4, **changes)
+    trainer.accelerator.distributed_type = distributed
+    batches = cut(2)
+    trainer._find_following(batches)
+    assert not trainer._following and reason in trainer._why_not_joined()
+    trainer.args.per_device_train_batch_size = 2
+    trainer._say_what_micro_batches_share(batches)
+    assert reason in lines[0]
 
 
 # Passes that are not needed.

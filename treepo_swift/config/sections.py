@@ -326,12 +326,15 @@ else:
 class SharedPrefix(Section):
     """What trajectories share is computed once in training too, where the result is the same (docs/training.md)."""
 
-    enabled: Flag = False
+    enabled: Flag = True
     """Compute log-probs over the trie of a micro-batch's rows. A run checks itself once against the plain path, and
-    computes row by row where a model or a batch asks for it. Off by default: no GPU and no ZeRO-3 has run it yet."""
-    skip_old_logprobs: Flag = False
+    computes row by row where a model or a batch asks for it."""
+    skip_old_logprobs: Flag = True
     """Leave out the pass for old log-probs where the policy that trains is the one that sampled, so that swift's loss
     is the same without."""
+    max_tokens: Positive | None = None
+    """Micro-batches of one optimizer step go through the model together while their trie has at most so many tokens.
+    Not given: as many as need no more memory than one micro-batch row by row."""
 
 
 # What goes wrong, and what is checked.

@@ -28,6 +28,8 @@ KNOWN_INPUTS = {
 """What rows are made of, or what only says again how they are laid out."""
 OUTSIDE = -1e10
 """What swift puts beside the rows of a padding_free batch."""
+Result = tuple[torch.Tensor, torch.Tensor | None]
+"""Log-probs and, where asked for, entropies in swift's frame ``[B, K]``."""
 CACHE = '_treepo_rows'
 """Where a batch keeps its rows: old, reference and policy log-probs are of the same ones."""
 
@@ -48,19 +50,25 @@ class Rows:
     computed_tokens: int
     """Tokens that the plain path computes, padding included."""
 
-    def logprobs(self, model: Any, *, temperature: float, entropies: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    @property
+    def ids(self) -> list[Ints]:
+        """The token ids of each row."""
+        return [self.trie.tokens[path] for path in self.trie.paths]
+
+    def logprobs(self, model: Any, *, temperature: float, entropies: bool) -> Result:
         """As swift's `_get_per_token_logps_and_entropies_single` gives them; 0 where no token is trained."""
         values, spread = trie_logprobs(model, self.trie, self.asked, temperature=temperature, entropies=entropies)
-        return self._place(values), self._place(spread) if spread is not None else None
+        return self.place(values), self.place(spread) if spread is not None else None
 
-    def _place(self, values: torch.Tensor) -> torch.Tensor:
+    def place(self, values: torch.Tensor) -> torch.Tensor:
+        """One value for each trained token, row after row -> swift's ``[B, K]``."""
         index = tuple(torch.from_numpy(array).to(values.device) for array in (self.row_index, self.columns))
         placed = values.new_zeros(self.shape).index_put(index, values)
         return placed if self.outside is None else placed.masked_fill(self.outside, OUTSIDE)
 
 
 def read_rows(model_inputs: dict[str, Any], grpo_batch: Any, *, padding_free: bool) -> Rows:
-    """The rows of a micro-batch. Raises `NotShared` where they are more than token ids, or share too little."""
+    """The rows of a micro-batch. Raises `NotShared` where they are more than token ids, or none is trained."""
     rows = grpo_batch.__dict__.get(CACHE)
     if rows is None:
         unknown = sorted(k for k, v in model_inputs.items() if v is not None and k not in KNOWN_INPUTS)
@@ -71,9 +79,13 @@ def read_rows(model_inputs: dict[str, Any], grpo_batch: Any, *, padding_free: bo
         grpo_batch.__dict__[CACHE] = rows
     if not len(rows.columns):
         raise NotShared('a micro-batch has no token to train on')
-    if rows.trie.ratio < MIN_RATIO:
-        raise NotShared(f'a micro-batch shares too little ({rows.trie.ratio:.2f} row tokens per token of its trie)')
     return rows
+
+
+def refuse_too_little(trie: Trie) -> None:
+    """Raise `NotShared` where rows share too little to be worth it."""
+    if trie.ratio < MIN_RATIO:
+        raise NotShared(f'a micro-batch shares too little ({trie.ratio:.2f} row tokens per token of its trie)')
 
 
 def _read_padded(model_inputs: dict[str, Any], grpo_batch: Any) -> Rows:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from .batch import Rows
+from .batch import Result
+from .joining import Shared
 from .reasons import NotShared, unwrap, why_not_model
 
-Result = tuple[torch.Tensor, torch.Tensor | None]
 TOLERANCE = {
     torch.float64: (1e-5, 1e-6),
     torch.float32: (5e-3, 5e-4),
@@ -48,7 +48,7 @@ class Sharing:
             self._said.add(reason)
             self._say(f'treepo: log-probs are computed row by row, not over the trie: {reason}.')
 
-    def rows_for(self, model: Any, read: Callable[[], Rows]) -> Rows | None:
+    def rows_for(self, model: Any, read: Callable[[], Shared]) -> Shared | None:
         """What `read` gives, or None where this pass is better computed row by row."""
         try:
             self._refuse(model)
@@ -67,8 +67,8 @@ class Sharing:
     def run(
         self,
         model: Any,
-        rows: Rows | None,
-        shared: Callable[[Rows], Result],
+        rows: Shared | None,
+        shared: Callable[[Shared], Result],
         plain: Callable[[], Result],
         trained: torch.Tensor,
     ) -> tuple[Result, bool]:
@@ -89,8 +89,8 @@ class Sharing:
     def _check(
         self,
         model: Any,
-        rows: Rows | None,
-        shared: Callable[[Rows], Result],
+        rows: Shared | None,
+        shared: Callable[[Shared], Result],
         plain: Callable[[], Result],
         trained: torch.Tensor,
     ) -> Result:
@@ -110,7 +110,7 @@ class Sharing:
         elif rows is not None:
             self._say(
                 f'treepo: log-probs are computed over the trie of each micro-batch ({rows.trie.ratio:.2f} row tokens '
-                f'per token in this one). Checked against the plain path: {int(trained.sum())} log-probs differ by '
+                f'per token in the first). Checked against the plain path: {int(trained.sum())} log-probs differ by '
                 f'at most {gap:.2g}.'
             )
         return expected
