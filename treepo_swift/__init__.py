@@ -1,7 +1,7 @@
 """Tree rollouts for GRPO training with ms-swift (TreePO, arXiv 2508.17445): the public names.
 
 Importing this package loads none of its modules, and no torch, vllm or swift: each name is loaded when it is first
-used. Only the schedulers and `register` need ms-swift; the rest is plain Python and numpy.
+used. Only the schedulers and `register` need ms-swift, and `shared_logprobs` torch; the rest is plain Python and numpy.
 """
 
 from importlib import import_module
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from treepo_swift.plugin import register
     from treepo_swift.server.gym import TreeGymScheduler
     from treepo_swift.server.scheduler import TreeRolloutScheduler
+    from treepo_swift.trainer.shared_prefix.logprobs import shared_logprobs
 
 __version__ = '0.2.0'
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     'register_answer',
     'register_branching',
     'register_fallback',
+    'shared_logprobs',
     'whiten',
 ]
 
@@ -53,6 +55,7 @@ _MODULES = {
     'plugin': ('register',),
     'server.gym': ('TreeGymScheduler',),
     'server.scheduler': ('TreeRolloutScheduler',),
+    'trainer.shared_prefix.logprobs': ('shared_logprobs',),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -12,12 +12,15 @@ import pytest
 import treepo_swift
 
 NEED_SWIFT = {'TreeRolloutScheduler', 'TreeGymScheduler'}
+NEED_TORCH = {'shared_logprobs'}
 
 
 @pytest.mark.parametrize('name', treepo_swift.__all__)
 def test_every_public_name_is_there(name):
     if name in NEED_SWIFT:
         pytest.importorskip('swift')
+    if name in NEED_TORCH:
+        pytest.importorskip('transformers')
     assert getattr(treepo_swift, name).__name__ == name
     assert name in dir(treepo_swift)
 
@@ -41,7 +44,7 @@ def test_only_the_schedulers_load_swift():
     code = f"""
 import sys, treepo_swift
 print([m for m in sys.modules if m.startswith('treepo_swift.')])
-for name in set(treepo_swift.__all__) - {NEED_SWIFT!r}:
+for name in set(treepo_swift.__all__) - {NEED_SWIFT | NEED_TORCH!r}:
     getattr(treepo_swift, name)
 print([m for m in ('torch', 'vllm', 'swift', 'transformers') if m in sys.modules])"""
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n[]\n'
