@@ -96,6 +96,7 @@ def build_trainer(model: Any, *, shared: dict[str, Any] | None = None, free: boo
     args.update({key: changes.pop(key) for key in list(changes) if key in args})
     trainer.__dict__.update(
         tree_config=TreeConfig(shared_prefix={'enabled': True, 'skip_old_logprobs': True, **(shared or {})}),
+        grows_trees=True,
         model=model,
         ref_model=None,
         model_kwarg_keys=('use_cache', 'logits_to_keep'),
@@ -282,6 +283,12 @@ def test_frames_are_swifts(layout):
     assert batch.__dict__[CACHE] is rows is read_rows(inputs, batch, padding_free=layout == 'free')
 
 
+def test_a_run_without_trees_is_left_alone(monkeypatch):
+    monkeypatch.setattr(mixin, 'read_rows', lambda *args, **kwargs: pytest.fail('read'))
+    _, _, _, trainer = loss_of(build('Qwen2').train(), grows_trees=False)
+    assert not trainer._metrics['train'] and not trainer._can_leave_out_old([])
+
+
 def test_it_can_be_switched_off(monkeypatch):
     monkeypatch.setattr(mixin, 'read_rows', lambda *args, **kwargs: pytest.fail('read'))
     *_, trainer = loss_of(build('Qwen2').train(), enabled=False)
@@ -341,9 +348,16 @@ def optimizer_steps(
     return results, gradients, trainer, len(forwards)
 
 
-@pytest.mark.parametrize('layout', ['right', 'free'])
-@pytest.mark.parametrize('loss_type', [name for name in LOSSES if name != 'real'])  # it wants whole groups
-@pytest.mark.parametrize('size, steps', [(2, 1), (2, 2), (1, 1)])
+@pytest.mark.parametrize(
+    'size, steps, loss_type, layout',
+    [
+        *((2, 1, name, 'right') for name in LOSSES if name != 'real'),  # it wants whole groups
+        (2, 1, 'dapo', 'free'),
+        (2, 2, 'bnpo', 'right'),
+        (1, 1, 'grpo', 'left'),
+        (1, 1, 'dapo', 'free'),
+    ],
+)
 def test_joined_micro_batches_have_their_own_losses_and_the_same_gradients(size, steps, loss_type, layout, monkeypatch):
     model = build('Qwen2').train()
     changes = dict(size=size, layout=layout, loss_type=loss_type)

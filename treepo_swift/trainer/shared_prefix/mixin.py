@@ -32,7 +32,9 @@ ONE_BACKWARD = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.M
 
 class SharedPrefixMixin(_Trainer):
     """Goes before `GRPOTrainer`, with a `tree_config`. Old, reference, teacher and policy log-probs all pass here;
-    what swift makes of them stays its own."""
+    what swift makes of them stays its own. A run without trees is left alone."""
+
+    grows_trees: bool
 
     _sharing: Sharing | None = None
     _leaves_out_old = False
@@ -120,15 +122,19 @@ class SharedPrefixMixin(_Trainer):
         if self._sharing is None:
             one_rank = self.accelerator.num_processes == 1
             self._sharing = Sharing(
-                enabled=self.tree_config.shared_prefix.enabled and self._why_not_trainer() is None,
+                enabled=self._may_share and self._why_not_trainer() is None,
                 say=logger.info,
                 warn=logger.warning,
                 gather=list if one_rank else gather_object,
                 mixed_precision=getattr(self.accelerator, 'mixed_precision', None),
             )
-            if self.tree_config.shared_prefix.enabled and not self._sharing.enabled:
+            if self._may_share and not self._sharing.enabled:
                 self._sharing.give_up(self._why_not_trainer())
         return self._sharing
+
+    @property
+    def _may_share(self) -> bool:
+        return self.grows_trees and self.tree_config.shared_prefix.enabled
 
     def _why_not_trainer(self) -> str | None:
         if self.is_multimodal:
@@ -183,7 +189,7 @@ class SharedPrefixMixin(_Trainer):
         return None
 
     def _can_leave_out_old(self, samples: list[Any]) -> bool:
-        if not self.tree_config.shared_prefix.skip_old_logprobs:
+        if not (self.grows_trees and self.tree_config.shared_prefix.skip_old_logprobs):
             return False
         taught = self._has_teacher_explicit()
         if not taught and self._is_dynamic_self_distillation:
@@ -225,7 +231,7 @@ class SharedPrefixMixin(_Trainer):
         )
 
     def _note_pass(self, grpo_batch: Any, shared: Shared | None, seconds: float) -> None:
-        if not self.model.training:
+        if not (self.model.training and self.grows_trees):
             return
         metrics = self._metrics['train']
         if not torch.is_grad_enabled():
