@@ -241,8 +241,10 @@ def test_groups_cost_no_more_than_one_call_or_one_call_each(monkeypatch):
     assert cost(groups) <= min(cost([chains]), cost([[c] for c in chains])) and 1 < len(groups) < len(chains)
 
 
-def test_variable_length_attention_is_asked_for_each_chain_with_its_path(monkeypatch):
-    """Its kernel needs a GPU. Here its documented meaning stands in: causal, aligned at the end."""
+@pytest.fixture
+def varlen_attn(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The kernel of variable-length attention needs a GPU. Here its documented meaning stands in: causal, aligned at
+    the end."""
     from torch.nn.attention import varlen
 
     def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
@@ -257,6 +259,24 @@ def test_variable_length_attention_is_asked_for_each_chain_with_its_path(monkeyp
         return torch.cat([part.transpose(0, 1) for part in found])
 
     monkeypatch.setattr(varlen, 'varlen_attn', varlen_attn)
+    return varlen_attn
+
+
+def test_a_kernel_is_tried_outside_of_checkpointed_layers(varlen_attn, monkeypatch):
+    """The trial's backward is within the first layer's forward; there it must not start a recomputation."""
+    monkeypatch.setattr(attention, 'VARLEN_DEVICES', ('cpu',))
+    monkeypatch.setattr(attention, 'VARLEN_DTYPES', (torch.float64,))
+    monkeypatch.setattr(attention, '_varlen_works', {})
+    model, rows = build('Qwen2').train(), tree_rows(5)
+    model.gradient_checkpointing_enable({'use_reentrant': False})
+    found = torch.cat(shared_logprobs(model, rows))
+    assert list(attention._varlen_works.values()) == [True] and found.requires_grad
+    torch.testing.assert_close(found, one_by_one(model, rows)[0])
+
+
+def test_variable_length_attention_is_asked_for_each_chain_with_its_path(varlen_attn, monkeypatch):
+    from torch.nn.attention import varlen
+
     model, rows = build('Qwen2'), tree_rows(5)
     query, key = torch.zeros(1, 4, 8, dtype=torch.float64), torch.zeros(1, 2, 8, dtype=torch.float64)
     assert not attention.can_use_varlen(query, key) and attention._try_varlen(query, key)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,9 @@ LAYOUT = 'shared_prefix'
 """Name of the keyword argument that carries a `Layout` through the model to its attention."""
 CALL_COST = 4096
 """Query-key pairs that take as long as one more call: a bucket is cut only where that saves more padding."""
+VARLEN_DEVICES = ('cuda',)
+VARLEN_DTYPES = (torch.float16, torch.bfloat16)
+"""Where torch's variable-length attention has a kernel."""
 UNKNOWN = ('softcap', 's_aux', 'position_bias', 'head_mask', 'cache')
 """Arguments of attention functions that change its result in ways that are not computed here."""
 
@@ -204,11 +208,14 @@ _varlen_works: dict[tuple[Any, ...], bool] = {}
 def can_use_varlen(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether torch's variable-length attention runs here, and agrees with the padded form on a small trie, gradients
     too. It must align fewer queries than keys at the end; that is tried on the device, not looked up."""
-    if query.device.type != 'cuda' or query.dtype not in (torch.float16, torch.bfloat16):
+    if query.device.type not in VARLEN_DEVICES or query.dtype not in VARLEN_DTYPES:
         return False
     kind = (query.device, query.dtype, *query.shape[1:], key.shape[1])
     if kind not in _varlen_works:
-        _varlen_works[kind] = _try_varlen(query, key)
+        # In a thread of its own, where autograd has no hooks: the first call may come from within a layer that is
+        # checkpointed, and a backward there would compute the layer again.
+        with ThreadPoolExecutor(1) as thread:
+            _varlen_works[kind] = thread.submit(_try_varlen, query.detach(), key.detach()).result()
     return _varlen_works[kind]
 
 
