@@ -4,7 +4,8 @@
 
 The quickstart's loop on the quickstart's model. Both rollout servers stay up; trainings of a few steps take turns, and
 the first step of each does not count. The table has medians over all other steps, in seconds. Written to results.md
-and results.json in --output.
+and results.json in --output; the rows that each training trained on are in its folder, for
+`treepo-swift bench --train --rows FILE`.
 """
 
 from __future__ import annotations
@@ -114,6 +115,7 @@ def train(
             'MASTER_PORT': str(free_port()),
             'OUTPUT': str(folder / 'train'),
             'STEP_CLOCK': str(clock),
+            'STEP_ROWS': str(folder / 'rows'),
         },
     )
     with training, tqdm(total=int(env['STEPS']), desc='      ', unit='step') as bar:

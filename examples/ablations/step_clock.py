@@ -1,7 +1,8 @@
 """External plugin that says where a GRPO step's time goes: one JSON line a step in the file that STEP_CLOCK names.
 
 Time is exclusive: what runs within another part counts for itself only. It works with swift's trainer and with the
-trees' trainer, and changes nothing that they compute.
+trees' trainer, and changes nothing that they compute. Where STEP_ROWS names a folder, the rows of each micro-batch go
+there too, as `treepo-swift bench --train --rows FILE` reads them (not with --padding_free).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,6 +94,8 @@ def watch(trainer: Any) -> None:
         return 'old log-probs' if model is trainer.model and not trainer.beta else 'old and reference log-probs'
 
     clock.watch(trainer, '_get_per_token_logps_and_entropies_single', log_probs)
+    if folder := os.environ.get('STEP_ROWS'):
+        keep_rows(trainer, Path(folder))
     clock.watch(trainer.accelerator, 'backward', 'backward')
     create = trainer.create_optimizer_and_scheduler
 
@@ -101,6 +105,24 @@ def watch(trainer: Any) -> None:
 
     trainer.create_optimizer_and_scheduler = create_and_watch
     trainer.add_callback(WriteSteps(clock, os.environ['STEP_CLOCK']))
+
+
+def keep_rows(trainer: Any, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    compute_loss = trainer.compute_loss
+
+    def compute_loss_and_keep(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = inputs[0] if isinstance(inputs, list) else inputs
+        rows = []
+        trained = batch['grpo_batch'].completion_mask
+        for ids, present, mask in zip(*(batch['model_inputs'][k] for k in ('input_ids', 'attention_mask')), trained):
+            prompt = int(present[: -len(mask)].sum()) + int(mask.int().argmax())
+            rows.append([prompt, ids[present.bool()].tolist()])
+        path = folder / f'{len(list(folder.iterdir()))}.json'
+        path.write_text(json.dumps(rows))
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = compute_loss_and_keep
 
 
 train = GRPOTrainer.train
