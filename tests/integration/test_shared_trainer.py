@@ -17,7 +17,7 @@ from swift.rlhf_trainers import GRPOTrainer
 
 from tests.integration.test_shared_logprobs import VOCABULARY, assert_same_gradients, build
 from treepo_swift.config import TreeConfig
-from treepo_swift.trainer.shared_prefix import mixin, trust
+from treepo_swift.trainer.shared_prefix import attention, mixin, trust
 from treepo_swift.trainer.shared_prefix.batch import CACHE, OUTSIDE, read_rows
 from treepo_swift.trainer.shared_prefix.joining import affordable_tokens, windows
 from treepo_swift.trainer.shared_prefix.trie import build_trie
@@ -610,6 +610,21 @@ def test_a_difference_ends_it_for_the_run_and_is_named(lines, monkeypatch):
     plain, _ = passes(build_trainer(model, shared={'enabled': False}))
     assert torch.equal(first, plain)
     assert len(lines) == 1 and 'shares no prefixes' in lines[0] and 'differ from the plain path by up to' in lines[0]
+
+
+def test_masks_that_would_take_too_much_memory(lines, monkeypatch):
+    monkeypatch.setattr(attention, 'MAX_MASK_BYTES', 100)
+    model = build('Qwen2')
+    result, _ = passes(build_trainer(model))
+    assert torch.equal(result, passes(build_trainer(model, shared={'enabled': False}))[0])
+    assert len(lines) == 1 and 'no variable-length attention runs in torch.float64 here' in lines[0]
+    # A batch before it fitted, and the kernel that was found then is the one that counts.
+    monkeypatch.setattr(attention, 'VARLEN_DEVICES', ('cpu',))
+    monkeypatch.setattr(attention, 'VARLEN_DTYPES', (torch.float64,))
+    for works in (True, False):
+        kind = torch.device('cpu'), torch.float64, 4, 8, 2
+        monkeypatch.setattr(attention, '_varlen_works', {kind: works})
+        assert attention.needs_masks(torch.device('cpu'), torch.float64) != works
 
 
 def test_a_model_whose_attention_is_its_own(lines):

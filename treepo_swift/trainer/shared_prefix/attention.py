@@ -27,6 +27,8 @@ CALL_COST = 4096
 VARLEN_DEVICES = ('cuda',)
 VARLEN_DTYPES = (torch.float16, torch.bfloat16)
 """Where torch's variable-length attention has a kernel."""
+MAX_MASK_BYTES = 2**30
+"""Most memory for the masks of one pass; a few thousand tokens of long rows."""
 UNKNOWN = ('softcap', 's_aux', 'position_bias', 'head_mask', 'cache')
 """Arguments of attention functions that change its result in ways that are not computed here."""
 
@@ -153,8 +155,11 @@ def attend(
     """Queries, keys, values [1, heads, T, d], with fewer heads of keys where they are shared -> [1, T, heads, d]."""
     # Under autocast rotary positions leave queries and keys in float32; SDPA would convert them, others would not.
     rows = [tensor[0].transpose(0, 1).to(value.dtype) for tensor in (query, key, value)]
-    function = _varlen if can_use_varlen(rows[0], rows[1]) else _padded
-    return function(*rows, scaling, layout).unsqueeze(0)  # type: ignore[call-arg]
+    function: Callable[..., torch.Tensor] = _varlen
+    if not can_use_varlen(rows[0], rows[1]):
+        refuse_large_masks(sum(chain.length * len(chain.path) for chain in layout.chains), rows[0].dtype)
+        function = _padded
+    return function(*rows, scaling, layout).unsqueeze(0)
 
 
 def _padded(
@@ -200,6 +205,22 @@ def _varlen(
         most_keys,
         **options,
     )
+
+
+def needs_masks(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention is known to run in the padded form there."""
+    known = [works for kind, works in _varlen_works.items() if (kind[0].type, kind[1]) == (device.type, dtype)]
+    return device.type not in VARLEN_DEVICES or dtype not in VARLEN_DTYPES or (bool(known) and not all(known))
+
+
+def refuse_large_masks(pairs: int, dtype: torch.dtype) -> None:
+    """Raise `NotShared` where the masks of the padded form would need more memory than sharing saves."""
+    size = pairs * dtype.itemsize
+    if size > MAX_MASK_BYTES:
+        raise NotShared(
+            f'no variable-length attention runs in {dtype} here, and masks for {pairs:,} pairs of tokens would take '
+            f'{size / 2**30:.1f} GiB'
+        )
 
 
 _varlen_works: dict[tuple[Any, ...], bool] = {}

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import DistributedType, gather_object
 from swift.utils import get_logger
 
+from .attention import needs_masks, refuse_large_masks
 from .batch import CACHE, Result, Rows, read_rows, refuse_too_little
 from .joining import Joined, Shared, affordable_tokens, fitting, windows
 from .old_policy import why_needed
@@ -159,6 +160,9 @@ class SharedPrefixMixin(_Trainer):
             if count > 1:
                 found = Joined([batch['grpo_batch'] for batch in following[:count]], parts[:count])
         refuse_too_little(found.trie)
+        device, dtype = self.accelerator.device, self._find_sharing().computes_in(model)
+        if needs_masks(device, dtype):
+            refuse_large_masks(found.trie.pairs, dtype)
         return found
 
     def _most_tokens(self, model: Any, rows: Rows) -> int:

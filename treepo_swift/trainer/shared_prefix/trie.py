@@ -48,6 +48,11 @@ class Trie:
         return sum(map(len, self.paths))
 
     @property
+    def pairs(self) -> int:
+        """Query-key pairs of attention, computed chain by chain with the whole path as keys."""
+        return sum(chain.length * len(chain.path) for chain in self.chains)
+
+    @property
     def ratio(self) -> float:
         """Row tokens per token of the trie; 1 where nothing is shared."""
         return self.row_tokens / max(len(self.tokens), 1)

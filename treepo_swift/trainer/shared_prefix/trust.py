@@ -42,6 +42,10 @@ class Sharing:
         self._reasons: dict[tuple[int, bool], str | None] = {}
         self._checked: set[int] = set()
 
+    def computes_in(self, model: Any) -> torch.dtype:
+        """The type that a forward computes in."""
+        return self._computes_in or next(unwrap(model).parameters()).dtype
+
     def give_up(self, reason: str) -> None:
         """For one pass; each reason is said once."""
         if reason not in self._said:
@@ -119,7 +123,7 @@ class Sharing:
         gaps = (found.double() - expected.double()).abs()
         # A nan is no small difference.
         largest, mean = (value if value == value else float('inf') for value in (gaps.max().item(), gaps.mean().item()))
-        dtype = self._computes_in or next(unwrap(model).parameters()).dtype
+        dtype = self.computes_in(model)
         most, most_mean = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
         if largest <= most and mean <= most_mean:
             return None, largest
