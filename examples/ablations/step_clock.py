@@ -75,8 +75,11 @@ class Clock:
 
 
 class WriteSteps(TrainerCallback):
-    def __init__(self, clock: Clock, path: str) -> None:
-        self._clock, self._path = clock, path
+    def __init__(self, clock: Clock, path: str, trainer: Any) -> None:
+        self._clock, self._path, self._trainer = clock, path, trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._clock.watch(self._trainer.optimizer, 'step', 'optimizer')  # before, there is none
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         with open(self._path, 'a') as file:
@@ -97,14 +100,7 @@ def watch(trainer: Any) -> None:
     if folder := os.environ.get('STEP_ROWS'):
         keep_rows(trainer, Path(folder))
     clock.watch(trainer.accelerator, 'backward', 'backward')
-    create = trainer.create_optimizer_and_scheduler
-
-    def create_and_watch(*args: Any, **kwargs: Any) -> None:
-        create(*args, **kwargs)
-        clock.watch(trainer.optimizer, 'step', 'optimizer')
-
-    trainer.create_optimizer_and_scheduler = create_and_watch
-    trainer.add_callback(WriteSteps(clock, os.environ['STEP_CLOCK']))
+    trainer.add_callback(WriteSteps(clock, os.environ['STEP_CLOCK'], trainer))
 
 
 def keep_rows(trainer: Any, folder: Path) -> None:
