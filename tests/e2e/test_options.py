@@ -37,6 +37,7 @@ orms['flat_once'] = FlatOnce
 '''
 
 SAY_ENGINE = """
+from treepo_swift.trainer.shared_prefix import head
 from treepo_swift.trainer.trainer import TreeGRPOTrainer
 move_model = TreeGRPOTrainer._move_model_to_vllm
 
@@ -48,6 +49,7 @@ def say_engine(self, *args, **kwargs):
 
 
 TreeGRPOTrainer._move_model_to_vllm = say_engine
+head.MAX_LOGITS = 10_000  # so that the head is computed in pieces, as with a real vocabulary
 """
 
 ALWAYS_FAILS = """
@@ -341,6 +343,9 @@ def test_two_processes(port, environment, tmp_path, flags, engine):
     assert f'trained by {engine}' in result.stdout
     rows = check_training(tmp_path / 'train', steps=2, trees=3)
     assert all('tree/sync_gap' in row for row in rows)
+    said = result.stdout + result.stderr
+    assert 'log-probs are computed over the trie' in said and 'shares no prefixes' not in said
+    assert all(row['tree/train_token_ratio'] > 1.2 for row in rows)
 
 
 def test_a_server_that_always_fails_ends_async_generate_on_all_ranks(environment, tmp_path):

@@ -274,6 +274,24 @@ def test_a_kernel_is_tried_outside_of_checkpointed_layers(varlen_attn, monkeypat
     torch.testing.assert_close(found, one_by_one(model, rows)[0])
 
 
+def test_the_head_is_computed_once_where_its_weight_is_gone_later(monkeypatch):
+    """ZeRO-3 marks its parameters with `ds_id`, and has them whole only while their module runs."""
+    monkeypatch.setattr(head, 'MAX_LOGITS', 3 * VOCABULARY)
+    model, rows = build('Qwen2'), tree_rows(7)
+    calls: list[int] = []
+    output = model.get_output_embeddings()
+    forward = type(output).forward
+    monkeypatch.setattr(
+        type(output), 'forward', lambda self, x: (calls.append(1) if self is output else 0, forward(self, x))[1]
+    )
+    wanted = gradients(model, torch.cat(shared_logprobs(model, rows)))
+    twice = len(calls)
+    calls.clear()
+    output.weight.ds_id = 0
+    assert_same_gradients(gradients(model, torch.cat(shared_logprobs(model, rows))), wanted, 1e-9)
+    assert len(calls) > 3 and twice == 2 * len(calls)
+
+
 def test_variable_length_attention_is_asked_for_each_chain_with_its_path(varlen_attn, monkeypatch):
     from torch.nn.attention import varlen
 

@@ -557,11 +557,15 @@ def passes(trainer: Any, rows: Any = None, **inputs: Any) -> Any:
     [
         (dict(is_multimodal=True), 'multimodal'),
         (dict(use_liger_kernel=True), 'liger'),
+        (dict(distributed=DistributedType.FSDP), 'FSDP'),
         (dict(template=SimpleNamespace(padding_free=False, sequence_parallel_size=2)), 'sequence_parallel'),
     ],
 )
 def test_options_that_have_a_path_of_their_own(changes, said, lines):
-    sharing = build_trainer(build('Qwen2'), **changes)._find_sharing()
+    distributed = changes.pop('distributed', DistributedType.NO)
+    trainer = build_trainer(build('Qwen2'), **changes)
+    trainer.accelerator.distributed_type = distributed
+    sharing = trainer._find_sharing()
     assert not sharing.enabled and len(lines) == 1 and said in lines[0]
 
 

@@ -15,7 +15,8 @@ from .packing import Targets
 from .reasons import NotShared
 
 MAX_LOGITS = 2**26
-"""Most logits that are held at once, and kept for the backward. More are made in pieces, and again in the backward."""
+"""Most logits that are held at once, and kept for the backward. More are made in pieces, and again in the backward.
+With ZeRO-3 they are kept, as the plain path keeps its own."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class SharedHead:
 
     def __init__(self, head: Any, edges: Edges, temperature: float, entropies: bool) -> None:
         self.forward = head.forward
+        # ZeRO-3 has a weight whole only while its module runs: nothing can be computed again from it afterwards.
+        self.may_recompute = not any(hasattr(parameter, 'ds_id') for parameter in head.parameters())
         self.edges, self.temperature, self.entropies = edges, temperature, entropies
         self.result: torch.Tensor | None = None
 
@@ -66,7 +69,7 @@ class SharedHead:
         for parents, edges in self.edges.pieces:
             part = hidden[:, parents]
             given = (part, self.edges.edge_parents[edges] - parents.start, self.edges.edge_tokens[edges])
-            if len(self.edges.pieces) > 1 and torch.is_grad_enabled():
+            if self.may_recompute and len(self.edges.pieces) > 1 and torch.is_grad_enabled():
                 found.append(checkpoint(self._piece, *given, use_reentrant=False))
             else:
                 found.append(self._piece(*given))

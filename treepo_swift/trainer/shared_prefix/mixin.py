@@ -144,6 +144,8 @@ class SharedPrefixMixin(_Trainer):
             return '--sequence_parallel_size splits rows over ranks'
         if getattr(self.args, 'use_liger_kernel', False):
             return '--use_liger_kernel has layers of its own'
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            return 'FSDP shards the head, and sharing with it is not tested'
         return None
 
     def _read(self, model_inputs: dict[str, Any], grpo_batch: Any) -> Rows:
