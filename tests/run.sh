@@ -7,5 +7,5 @@ bash scripts/cpu_env.sh
 bash scripts/check.sh
 [ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"
 # Below the coverage that pyproject.toml asks for it ends here.
-.venv/bin/python -m pytest tests/unit tests/integration --cov
-exec .venv/bin/python -m pytest tests/e2e
+.venv/bin/python -m pytest tests/unit tests/integration --cov --durations=8
+exec .venv/bin/python -m pytest tests/e2e --durations=12

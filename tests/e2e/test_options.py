@@ -37,6 +37,10 @@ orms['flat_once'] = FlatOnce
 '''
 
 SAY_ENGINE = """
+import atexit
+
+import torch.distributed
+
 from treepo_swift.trainer.shared_prefix import head
 from treepo_swift.trainer.trainer import TreeGRPOTrainer
 move_model = TreeGRPOTrainer._move_model_to_vllm
@@ -49,6 +53,8 @@ def say_engine(self, *args, **kwargs):
 
 
 TreeGRPOTrainer._move_model_to_vllm = say_engine
+# Left alone, a rank now and then aborts in a destructor of DeepSpeed's process group after all is done.
+atexit.register(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
 head.MAX_LOGITS = 10_000  # so that the head is computed in pieces, as with a real vocabulary
 """
 
