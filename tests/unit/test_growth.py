@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import argparse
+import os
 
+import pytest
+import yaml
+
+from treepo_swift.cli import config as config_cli
 from treepo_swift.config import TreeConfig
 from treepo_swift.trainer.growth import describe_growth
 
@@ -57,3 +62,27 @@ def test_what_was_set_is_said():
     everything = {f'TREEPO_{key}': '2' for key in ('MAX_DEPTH', 'DIVERGENCE', 'ROOT_DIVERGENCE', 'SEGMENT_LENGTH')}
     assert lines(everything)[-1].startswith('S, D, d, first branches: as you set them. To')
     assert len(lines({'TREEPO_FORK_AT': 'turn'})) == 2
+
+
+def config_command(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    parser = argparse.ArgumentParser()
+    config_cli.add_arguments(parser)
+    status = config_cli.run(parser.parse_args(args))
+    return status, *capsys.readouterr()
+
+
+def test_the_command_says_what_a_run_would_get(capsys, monkeypatch):
+    for name in [name for name in os.environ if name.startswith('TREEPO_')]:
+        monkeypatch.delenv(name)
+    status, out, _ = config_command(
+        capsys, '--max-completion-length', '256', '--num-generations', '16', '--block-size', '128'
+    )
+    assert status == 0 and '# each prompt grows one tree of W=16 answers. First branches at the prompt: 8.' in out
+    config = TreeConfig.from_dict(yaml.safe_load(out))
+    assert (config.segment_length, config.max_depth, config.root_divergence) == (128, 2, 8)
+    assert config_command(capsys)[1] == TreeConfig().to_yaml()
+    assert config_command(capsys, '--max-completion-length', '0') == (
+        1,
+        '',
+        'treepo-swift: --max-completion-length 0: must be at least 1.\n',
+    )

@@ -63,5 +63,5 @@ def _origin(config: TreeConfig, width: int, max_response: int, block_size: int) 
     variables = ', '.join(f'TREEPO_{key.upper()}' for key in SHAPE)
     return (
         f'{source}. To change it, set {variables}, or name a YAML file by TREEPO_CONFIG; `treepo-swift config` checks '
-        'it, and docs/configuration.md lists every key.'
+        'it before a run, and docs/configuration.md lists every key.'
     )
