@@ -16,7 +16,7 @@ SCHEDULERS = {
     'tree_rollout_scheduler': 'treepo_swift.server.recheck.RecheckScheduler',
 }
 """The last has the name of ms-swift's own example plugin, and does what that does."""
-WARNED = '_TREEPO_UNTESTED_VERSIONS'
+WARNED = '_TREEPO_VERSIONS_WARNING'
 """Environment variable with the warning that was given. It is none of the `TREEPO_` ones, which are settings."""
 TRAINER_PATH = 'treepo_swift.trainer.trainer.TreeGRPOTrainer'
 TRAINING_ARGS_PATH = 'treepo_swift.trainer.arguments.TreeGRPOConfig'
@@ -33,7 +33,7 @@ def register() -> None:
     _check_config(sys.argv[1:])
     cpu.apply()
     capabilities.require(capabilities.SERVER_NEEDS)
-    _warn_of_untested_versions()
+    _warn_of_versions()
     from swift.rollout import multi_turns
     from swift.trainers.trainer_factory import TrainerFactory
 
@@ -45,10 +45,11 @@ def register() -> None:
     TrainerFactory.TRAINING_ARGS_MAPPING['grpo'] = TRAINING_ARGS_PATH
 
 
-def _warn_of_untested_versions() -> None:
+def _warn_of_versions() -> None:
     """Once for a command: the processes that this one starts register too, and inherit its environment."""
-    message = versions.untested()
-    if message is None or os.environ.get(WARNED) == message:
+    said = [versions.untested(), capabilities.slow_streaming()]
+    message = ' '.join(sentence for sentence in said if sentence)
+    if not message or os.environ.get(WARNED) == message:
         return
     os.environ[WARNED] = message
     from swift.utils import get_logger

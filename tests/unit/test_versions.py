@@ -62,9 +62,21 @@ def test_one_command_warns_once(monkeypatch):
     monkeypatch.setenv(plugin.WARNED, '')
     said: list[str] = []
     monkeypatch.setattr(swift_utils.get_logger(), 'warning', said.append)
-    plugin._warn_of_untested_versions()
-    plugin._warn_of_untested_versions()
-    assert len(said) == 1 and 'vLLM 9.9.9' in said[0] and os.environ[plugin.WARNED] in said[0]
+    plugin._warn_of_versions()
+    plugin._warn_of_versions()
+    assert (
+        len(said) == 1
+        and 'comes by itself' not in said[0]
+        and 'vLLM 9.9.9' in said[0]
+        and os.environ[plugin.WARNED] in said[0]
+    )
+
+
+def test_streaming_token_by_token_is_told(monkeypatch):
+    for interval, told in (('request', False), ('engine', False), ('none', True)):
+        features = capabilities.VllmFeatures(interval, True, True, True, True)
+        monkeypatch.setattr(capabilities, 'vllm_features', lambda features=features: features)
+        assert bool(capabilities.slow_streaming()) == told
 
 
 def test_pyproject_has_the_same_ranges():

@@ -118,6 +118,16 @@ def vllm_features() -> VllmFeatures:
     )
 
 
+def slow_streaming() -> str | None:
+    """One sentence where this vLLM hands out every token by itself; None where it does not."""
+    if vllm_features().stream_interval != 'none':
+        return None
+    return (
+        f'vLLM {installed_version("vllm")} can not hand out tokens in chunks of a segment, so each comes by itself: '
+        "the same trees, for more of the server's processor time. vLLM 0.20.2 to 0.32.0 can."
+    )
+
+
 @functools.cache
 def swift_features() -> SwiftFeatures:
     """What the installed ms-swift has."""
