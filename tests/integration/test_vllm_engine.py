@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -12,9 +13,10 @@ pytest.importorskip('swift')
 pytest.importorskip('vllm')
 
 from swift.infer_engine.protocol import RequestConfig
-from vllm.logprobs import FlatLogprobs
+from vllm.logprobs import FlatLogprobs, Logprob
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from treepo_swift.compat.capabilities import VllmFeatures, vllm_features
 from treepo_swift.core.tree import StopReason
 from treepo_swift.server.engine import EngineError, Placement, Prompt
 from treepo_swift.server.vllm_engine import VllmSegmentEngine
@@ -27,38 +29,59 @@ class Tokenizer:
         return [1] if text == '<|im_end|>' else [ord(c) for c in text]
 
 
+def features(**changes) -> VllmFeatures:
+    """Those of the installed vLLM, with changes."""
+    return dataclasses.replace(vllm_features(), **changes)
+
+
 class Vllm:
-    """`AsyncLLM` as far as we use it: says 100, 101, ... in the chunks that it was asked for."""
+    """`AsyncLLM` as far as we use it, of a version with these features: says 100, 101, ... in the chunks that it was
+    asked for in a way that the version knows."""
 
     log_stats = False
 
-    def __init__(self, *, ranks: int, policy: str, length: int = 10**6, gone_after: int = 10**6) -> None:
+    def __init__(
+        self, has: VllmFeatures, *, ranks: int, policy: str, length: int = 10**6, gone_after: int = 10**6
+    ) -> None:
+        self.has = has
+        self.output_processor = SimpleNamespace(stream_interval=1)
         self.vllm_config = SimpleNamespace(
             model_config=SimpleNamespace(max_model_len=1000, max_logprobs=20, dtype='torch.bfloat16'),
             cache_config=SimpleNamespace(block_size=16, num_gpu_blocks=100),
             parallel_config=SimpleNamespace(data_parallel_size=ranks),
-            scheduler_config=SimpleNamespace(policy=policy),
+            scheduler_config=SimpleNamespace(policy=policy, stream_interval=1),
         )
         self.length, self.gone_after = length, gone_after
         self.asked: list[tuple] = []
-        self.closed = 0
+        self.closed = self.chunks = 0
+
+    def interval(self, sampling) -> int:
+        of_engine = self.output_processor.stream_interval
+        if self.has.stream_interval == 'request':
+            return max(sampling.stream_interval or 1, of_engine)
+        return of_engine if self.has.stream_interval == 'engine' else 1
 
     async def generate(self, inputs, sampling, request_id, **options):
         self.asked.append((inputs, sampling, request_id, options))
         total = min(sampling.max_tokens, self.length)
         ends = [total]
         if sampling.output_kind is RequestOutputKind.DELTA:
-            ends = [*range(1, total, sampling.stream_interval), total]
+            ends = [*range(1, total, self.interval(sampling)), total]
         try:
             for begin, end in zip([0, *ends], ends):
                 if end > self.gone_after:
                     return
                 tokens = list(range(100 + begin, 100 + end))
-                logprobs = FlatLogprobs()
+                logprobs = FlatLogprobs() if self.has.flat_logprobs else []
                 for token in tokens:
                     # The sampled token, then the likeliest ones: it may be one of them.
                     likeliest = [token, 7][: sampling.logprobs]
-                    logprobs.append_fast([token, *likeliest], [-1.0, -1.0, -2.0], [1, 1, 2], [None] * 3)
+                    if self.has.flat_logprobs:
+                        logprobs.append_fast([token, *likeliest], [-1.0, -1.0, -2.0], [1, 1, 2], [None] * 3)
+                    else:
+                        known = zip([token, *likeliest], [-1.0, -1.0, -2.0])
+                        logprobs.append({t: Logprob(value) for t, value in known})
+                self.chunks += 1
                 finished = end == total
                 reason = ('length' if total == sampling.max_tokens else 'stop') if finished else None
                 completion = SimpleNamespace(
@@ -69,7 +92,7 @@ class Vllm:
             self.closed += 1
 
 
-def engine(ranks: int = 1, policy: str = 'fcfs', **options) -> VllmSegmentEngine:
+def engine(ranks: int = 1, policy: str = 'fcfs', has: VllmFeatures | None = None, **options) -> VllmSegmentEngine:
     async def no_lora():
         return None
 
@@ -82,7 +105,7 @@ def engine(ranks: int = 1, policy: str = 'fcfs', **options) -> VllmSegmentEngine
     return VllmSegmentEngine(
         SimpleNamespace(
             use_async_engine=True,
-            engine=Vllm(ranks=ranks, policy=policy, **options),
+            engine=Vllm(has or features(), ranks=ranks, policy=policy, **options),
             model_dir='m',
             tokenizer=Tokenizer(),
             default_adapter_request=None,
@@ -90,7 +113,8 @@ def engine(ranks: int = 1, policy: str = 'fcfs', **options) -> VllmSegmentEngine
             _add_stop_words=add_stop_words,
             _get_stop_token_ids=lambda words: [],
             _get_grpo_lora_request_async=no_lora,
-        )
+        ),
+        has,
     )
 
 
@@ -126,7 +150,7 @@ def sample(
 
 
 def test_a_stream_comes_in_chunks_of_a_segment_and_ends_as_the_model_ends_it():
-    target = engine(length=70)
+    target = engine(length=70, has=features(stream_interval='request'))
     segments = sample(target, 96, 32)
     assert [len(s.token_ids) for s in segments] == [32, 32, 6]
     assert [t for s in segments for t in s.token_ids] == list(range(100, 170))
@@ -136,6 +160,43 @@ def test_a_stream_comes_in_chunks_of_a_segment_and_ends_as_the_model_ends_it():
     assert inputs == {'prompt_token_ids': [1, 2, 3, 4, 5], 'type': 'token'}
     assert (sampling.output_kind, sampling.stream_interval) == (RequestOutputKind.DELTA, 32)
     assert (sampling.max_tokens, sampling.seed) == (96, 9)
+
+
+@pytest.mark.parametrize(
+    ('stream_interval', 'chunks', 'ahead'),
+    [('request', 4, [1, 1, 0]), ('engine', 4, [1, 1, 0]), ('none', 70, [0, 0, 0])],
+)
+def test_versions_of_vllm_stream_the_same_segments(stream_interval, chunks, ahead):
+    """Only the number of chunks differs, and what has come ahead of a boundary."""
+    target = engine(length=70, has=features(stream_interval=stream_interval))
+    segments = sample(target, 96, 32)
+    assert [s.token_ids for s in segments] == [[*range(100, 132)], [*range(132, 164)], [*range(164, 170)]]
+    assert [s.stop for s in segments] == [None, None, StopReason.EOS] and [s.cached_tokens for s in segments] == [
+        32,
+        0,
+        0,
+    ]
+    assert target._vllm.chunks == chunks and [s.ahead for s in segments] == ahead
+    sampling = target._vllm.asked[0][1]
+    assert (getattr(sampling, 'stream_interval', None) == 32) == (stream_interval == 'request')
+
+
+def test_a_users_larger_interval_of_the_engine_is_kept():
+    target = engine(has=features(stream_interval='engine'))
+    target._vllm.vllm_config.scheduler_config.stream_interval = 48
+    assert [len(s.token_ids) for s in sample(target, 96, 32)] == [32, 32, 32] and target._vllm.chunks == 3
+
+
+def test_without_its_features_vllm_is_asked_for_none_of_them():
+    bare = features(flat_logprobs=False, skip_clone=False, token_inputs=False, metrics=False)
+    target = engine(has=bare)
+    (segment,) = sample(target, 32, 32)
+    assert segment.logprobs == [-1.0] * 32
+    inputs, sampling, *_ = target._vllm.asked[0]
+    assert inputs == {'prompt_token_ids': [1, 2, 3, 4, 5]}
+    assert not getattr(sampling, 'flat_logprobs', False) and not getattr(sampling, 'skip_clone', False)
+    target._vllm.log_stats = True
+    assert target.counters() is None
 
 
 @pytest.mark.parametrize('length', [32, 64, 96])
@@ -160,7 +221,7 @@ def test_no_text_is_decoded_where_nobody_reads_it():
     target = engine()
     sample(target, 32, 32)
     sampling = target._vllm.asked[0][1]
-    assert (sampling.detokenize, sampling.stop, sampling.flat_logprobs) == (False, [], True)
+    assert (sampling.detokenize, sampling.stop) == (False, [])
     sample(target, 32, 32, stop=['END'])
     sampling = target._vllm.asked[1][1]
     assert (sampling.detokenize, sampling.stop) == (True, ['END'])
@@ -175,8 +236,9 @@ def test_a_tree_stays_on_its_rank_and_priority_is_given_where_the_engine_takes_i
         assert target.info.kv_tokens == 1600 // ranks
 
 
-def test_entropies_count_each_outcome_once():
-    (segment,) = sample(engine(), 2, 2, top=2)
+@pytest.mark.parametrize('flat', [True, False])
+def test_entropies_count_each_outcome_once(flat):
+    (segment,) = sample(engine(has=features(flat_logprobs=flat)), 2, 2, top=2)
     rest = 1 - math.exp(-1) - math.exp(-2)
     assert segment.entropies == pytest.approx([math.exp(-1) + 2 * math.exp(-2) - rest * math.log(rest)] * 2)
 

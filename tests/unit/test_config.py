@@ -8,9 +8,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from treepo_swift.config import ConfigError, TreeConfig, reference, schema
+from treepo_swift.config import SHAPE, ConfigError, TreeConfig, reference, schema
 from treepo_swift.config.errors import GONE, MOVED, models_of
 from treepo_swift.config.sections import REASONS, Stop
+from treepo_swift.core.budgets import expected_saving
 from treepo_swift.core.tree import StopReason
 
 ROOT = Path(__file__).parents[2]
@@ -168,6 +169,41 @@ def test_what_was_not_given_is_chosen_to_fill_the_response(max_response):
     assert short.segment_length == 64 and max_response <= short.max_response_tokens < max_response + 64
     for filled in (config, deep, short):
         filled.check_fits(max_response, '--max_completion_length')
+
+
+@pytest.mark.parametrize('block_size', [16, 32, 128, 784])
+@pytest.mark.parametrize('max_response', [20, 100, 256, 2048, 7168])
+@pytest.mark.parametrize('width', [2, 3, 4, 8, 16, 64])
+def test_a_config_from_nothing_fits_the_run(max_response, width, block_size):
+    config = TreeConfig.load_for(max_response, {}, width=width, block_size=block_size)
+    assert not any(config.is_given(key) for key in SHAPE)
+    assert max_response <= config.max_response_tokens < max_response + config.segment_length
+    # Whole blocks, but where one block is longer than an answer; and always a boundary, so that something is shared.
+    assert config.segment_length % (block_size if block_size < max_response else 16) == 0
+    assert 2 <= config.max_depth <= 14
+    paths = config.root_divergence
+    assert paths <= width and paths * 2 ** (config.max_depth - 1) >= width
+    assert expected_saving(config, width) > 0
+
+
+def test_the_papers_run_gets_the_papers_tree():
+    config = TreeConfig.load_for(7168, {}, width=16)
+    assert config == TreeConfig() and not config.model_fields_set
+
+
+def test_first_branches_are_fitted_only_where_nothing_of_the_shape_was_given():
+    short = dict(max_response=256, width=16, block_size=128)
+    assert TreeConfig.load_for(environ={}, **short).root_divergence == 8
+    for key, value in (('SEGMENT_LENGTH', '128'), ('MAX_DEPTH', '2'), ('DIVERGENCE', '2'), ('ROOT_DIVERGENCE', '2')):
+        assert TreeConfig.load_for(environ={f'TREEPO_{key}': value}, **short).root_divergence == 2, key
+    assert TreeConfig.load_for(environ={'TREEPO_SEED': '3'}, **short).root_divergence == 8
+
+
+def test_a_given_depth_is_kept_where_a_block_is_longer_than_an_answer():
+    config = TreeConfig.load_for(100, {'TREEPO_MAX_DEPTH': '6'}, width=8, block_size=128)
+    assert (config.segment_length, config.max_depth) == (32, 4)  # 16-token blocks: 6 x 16 would be too short
+    config = TreeConfig.load_for(96, {'TREEPO_MAX_DEPTH': '6'}, width=8, block_size=128)
+    assert (config.segment_length, config.max_depth) == (16, 6)
 
 
 def test_what_was_given_is_kept(tmp_path):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from treepo_swift.compat import versions
 from treepo_swift.core.tree import StopReason, TreeStats
 from treepo_swift.server.grouping import group_requests
 from treepo_swift.trainer.metrics import EvaluationFailures, RolloutRound, tree_metrics
@@ -51,17 +50,6 @@ def test_a_wheel_holds_every_module_the_types_and_the_licence(tmp_path):
     assert modules | {'treepo_swift/py.typed', f'{folder}/licenses/LICENSE'} <= names
     assert 'Requires-Python: >=3.11' in metadata and 'License-Expression: Apache-2.0' in metadata
     assert 'treepo-swift = treepo_swift.cli.main:main' in entries and 'treepo_cpu = treepo_swift' in entries
-
-
-def test_missing_and_untested_versions_are_named(monkeypatch):
-    monkeypatch.setattr(versions, 'installed_version', lambda package: None)
-    with pytest.raises(versions.UnsupportedVersion, match='needs vllm.*not installed.*pip install'):
-        versions.check('vllm')
-    monkeypatch.setattr(versions, 'installed_version', lambda package: '4.0.0')
-    with pytest.raises(versions.UnsupportedVersion, match='tested with ms-swift.*but 4.0.0 is installed'):
-        versions.check('ms-swift')
-    monkeypatch.setattr(versions, 'installed_version', lambda package: '0.32.0+cpu')
-    versions.check('vllm')
 
 
 def test_groups_keep_order_and_split_at_num_generations():

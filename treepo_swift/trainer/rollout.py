@@ -40,9 +40,9 @@ def probe_servers(
     return [getattr(output, 'rollout_infos', {}).get(REQUEST_KEY) for output in outputs]
 
 
-def find_trees(client: VLLMInferClient, config: TreeConfig) -> list[tuple[str, dict[str, Any]]]:
-    """(url, engine info) of every server, empty where none grows trees; raises where one can not follow `config`."""
-    answers = probe_servers(client, config=config)
+def find_trees(client: VLLMInferClient) -> list[tuple[str, dict[str, Any]]]:
+    """(url, engine info) of every server; empty where none grows trees."""
+    answers = probe_servers(client)
     if any(answers) and not all(answers):
         plain = [url for url, answer in zip(client.base_urls, answers, strict=True) if not answer]
         raise ConfigError(

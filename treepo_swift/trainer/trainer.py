@@ -17,8 +17,8 @@ from swift.utils import get_logger
 
 from treepo_swift.advantage import is_segment_level
 from treepo_swift.advantage.batch import SegmentAdvantages, tree_advantages
+from treepo_swift.compat.capabilities import swift_features
 from treepo_swift.config import ConfigError, TreeConfig
-from treepo_swift.core.budgets import expected_saving
 from treepo_swift.wire.note import REQUEST_KEY, RequestNote
 from treepo_swift.wire.packing import accept_packed
 from treepo_swift.wire.report import FAILURE_KEY, REPORT_KEY, TreeReport
@@ -54,7 +54,7 @@ class TreeGRPOTrainer(SharedPrefixMixin, GRPOTrainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.tree_config = TreeConfig.load_for(kwargs['args'].max_completion_length)
+        self.tree_config: TreeConfig = kwargs['args'].tree_config
         self.grows_trees = False
         self._sync_proof: WeightSyncProof | None = None
         self._rounds: list[RolloutRound] = []
@@ -78,24 +78,18 @@ class TreeGRPOTrainer(SharedPrefixMixin, GRPOTrainer):
         if self.template.sequence_parallel_size > 1:
             raise ConfigError('--sequence_parallel_size > 1 is not supported with trees in this version.')
         train_on_samples_only(self.template)
-        config = self.tree_config
-        if config.checks.verify_weight_sync:
+        self.tree_config = self._broadcast(lambda: self.args.tree_config)
+        if self.tree_config.checks.verify_weight_sync:
             self._sync_proof = WeightSyncProof(self._computing_types())
         if self.accelerator.is_main_process:
             accept_packed(self.vllm_client.sessions)
-            self._say_how_trees_grow()
+            self._keep_config()
 
-    def _say_how_trees_grow(self) -> None:
+    def _keep_config(self) -> None:
         config, directory = self.tree_config, Path(self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / CONFIG_FILE).write_text(config.to_yaml())
-        logger.info(f'treepo: trees of width {self.num_generations}, config in {directory / CONFIG_FILE}.')
-        if config.fork_at != 'turn':
-            saving = expected_saving(config, self.num_generations)
-            logger.info(
-                'treepo: where paths use the whole length of one turn, trees decode '
-                f'{saving:.0%} fewer tokens than independent sampling.'
-            )
+        logger.info(f'treepo: the whole tree config is in {directory / CONFIG_FILE}.')
         logger.info(
             f'treepo: advantages by estimator={config.advantage.estimator!r} and normalisation='
             f'{config.advantage.normalisation!r}; --scale_rewards applies to samples without a tree only.'
@@ -175,6 +169,8 @@ class TreeGRPOTrainer(SharedPrefixMixin, GRPOTrainer):
         try:
             super()._prefetch(dataloader)
         except Exception as e:
+            if not swift_features().async_errors:
+                raise  # `TreeGRPOConfig` has warned
             self._queue.put(DataCache(error=e))
 
     # Weight sync.
