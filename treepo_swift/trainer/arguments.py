@@ -13,7 +13,7 @@ from treepo_swift.advantage import check_estimator
 from treepo_swift.config import ConfigError, TreeConfig
 
 from .compatibility import check_options
-from .rollout import find_trees
+from .rollout import check_scheduler, find_trees
 
 logger = get_logger()
 
@@ -34,9 +34,10 @@ class TreeGRPOConfig(GRPOConfig):
         super().__post_init__()
         config = TreeConfig.load_for(self.max_completion_length)
         check_estimator(config.advantage.estimator)
-        scheduler = multi_turns.get(getattr(self, 'multi_turn_scheduler', None))
-        if self.vllm_mode == 'colocate' and getattr(scheduler, 'grows_trees', False):
-            raise ConfigError('--vllm_mode colocate: trees grow in `swift rollout` only, which is --vllm_mode server.')
+        self.tree_scheduler: str | None = self._take_tree_scheduler()
+        """Name of the scheduler that grows trees on the engine in this process (colocate mode)."""
+        if self.tree_scheduler is not None:
+            self._check_colocate(config)
         self.tree_engines: list[tuple[str, dict[str, Any]]] = []
         """(url, engine info) of every server if they grow trees; known on the main process only."""
         if self.use_vllm and self.vllm_mode == 'server' and is_master():
@@ -55,6 +56,31 @@ class TreeGRPOConfig(GRPOConfig):
                 config.check_fits(engine['max_model_len'], f'--vllm_max_model_len of {url}')
             check_options(self, config)
             warn_of_short_paths(config, self.max_completion_length)
+
+    def _take_tree_scheduler(self) -> str | None:
+        """``--multi_turn_scheduler`` where it grows trees in colocate mode. swift must not see it: it would build the
+        scheduler without an engine, and take turns by itself."""
+        name: str | None = getattr(self, 'multi_turn_scheduler', None)
+        if not getattr(multi_turns.get(name), 'grows_trees', False) or self.vllm_mode == 'server':
+            return None
+        if not self.use_vllm:
+            raise ConfigError(
+                f'--multi_turn_scheduler {name} without vLLM: trees grow on vLLM only. Set --use_vllm true and '
+                '--vllm_mode colocate (in this process) or server (`swift rollout`).'
+            )
+        self.multi_turn_scheduler = None
+        return name
+
+    def _check_colocate(self, config: TreeConfig) -> None:
+        """Raise what trees in this process can not do, and let requests carry what hooks may read."""
+        config.check_fits(self.max_completion_length, '--max_completion_length')
+        if self.vllm_max_model_len is not None:
+            config.check_fits(self.vllm_max_model_len, '--vllm_max_model_len')
+        check_scheduler(self.tree_scheduler, config, use_gym_env=self.use_gym_env)
+        check_options(self, config)
+        warn_of_short_paths(config, self.max_completion_length)
+        if multi_turns[self.tree_scheduler].has_turns():
+            self.vllm_server_pass_dataset = True
 
 
 def warn_of_short_paths(config: TreeConfig, max_completion_length: int) -> None:
