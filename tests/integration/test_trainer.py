@@ -525,6 +525,9 @@ def options(**changes: Any) -> SimpleNamespace:
                 eval_on_start=False,
                 per_device_train_batch_size=16,
                 num_generations=8,
+                tree_scheduler=None,
+                vllm_tensor_parallel_size=1,
+                completion_length_limit_scope='per_round',
             ),
             **changes,
         }
@@ -547,6 +550,8 @@ def options(**changes: Any) -> SimpleNamespace:
         (dict(advantage_reweight='rlsd'), dict(estimator='progress'), 'reweights one advantage per trajectory'),
         (dict(structured_outputs_regex='a+'), {}, 'would start anew at every segment'),
         (dict(async_generate=True, eval_on_start=True), {}, "trains on the evaluation's"),
+        (dict(tree_scheduler='treepo', vllm_tensor_parallel_size=2), {}, 'must add, step and abort the same requests'),
+        (dict(tree_scheduler='treepo', completion_length_limit_scope='total'), {}, 'limits each turn'),
     ],
 )
 def test_options_that_can_not_work_are_refused_with_the_reason(changes, config, message):
@@ -582,7 +587,7 @@ def test_the_weights_are_proven_unless_told_otherwise(asked, monkeypatch, tmp_pa
     from swift.rlhf_trainers import GRPOTrainer
 
     monkeypatch.setattr(GRPOTrainer, 'prepare_rollout', lambda self: None)
-    args = SimpleNamespace(tree_engines=[('http://x', {})], output_dir=str(tmp_path))
+    args = SimpleNamespace(tree_scheduler=None, tree_engines=[('http://x', {})], output_dir=str(tmp_path))
     trainer, _ = build_trainer(
         [],
         [],

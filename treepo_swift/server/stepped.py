@@ -22,6 +22,9 @@ ROUNDS = 6
 """Rounds of the event loop between two steps. An output passes a queue, its path's task, and a new task for each fork
 (and a meeting, where trees share a budget): with fewer rounds than that, forks start a step late."""
 
+LAST_STEPS = 16
+"""Most steps after which nothing of an aborted request may be left; vLLM needs one for each batch in flight."""
+
 
 class SteppedEngine:
     """`LLMEngine` as an engine whose requests are streams. The first request starts the steps, the last one ends them.
@@ -116,10 +119,18 @@ class SteppedEngine:
         if self._stepping is not None:
             await self._stepping
             self._stepping = None
-        core = getattr(self._engine.engine_core, 'engine_core', None)
         # Where batches are scheduled ahead, one that was in flight at an abort still has to be taken out.
-        while self._gone is None and core is not None and (core.scheduler.has_requests() or core.batch_queue):
+        for _ in range(LAST_STEPS):
+            if self._gone is not None or not self._holds_something():
+                return
             self._engine.step()
+        self._gone = f"vLLM's engine still holds requests of a rollout {LAST_STEPS} steps after they were aborted."
+        raise EngineGone(self._gone)
+
+    def _holds_something(self) -> bool:
+        """Whether the engine's core has to be stepped although no request is unfinished."""
+        core = getattr(self._engine.engine_core, 'engine_core', None)
+        return core is not None and bool(core.scheduler.has_requests() or core.batch_queue)
 
 
 def stepped_face(engine: GRPOVllmEngine) -> GRPOVllmEngine:

@@ -73,9 +73,10 @@ class Watchdog:
         """What `rollout` returns or raises. Nothing of it is alive then."""
         ended = threading.Event()
         self._beat = time.monotonic()
-        threading.Thread(
+        thread = threading.Thread(
             target=self._watch_loop, args=(ended, threading.get_ident()), name='treepo-watchdog', daemon=True
-        ).start()
+        )
+        thread.start()
         task = asyncio.ensure_future(rollout)
         try:
             await self._watch(task)
@@ -85,6 +86,7 @@ class Watchdog:
                 task.cancel()
                 await asyncio.wait({task}, timeout=GRACE_SECONDS)
             ended.set()
+            thread.join()
 
     async def _watch(self, task: asyncio.Future[Any]) -> None:
         """Return when `task` has ended; raise where it has stood still for too long."""

@@ -111,8 +111,8 @@ class ServerProof:
             raise WeightSyncError(
                 f"{where}: the {self._name} does not sample from the trainer's weights. Log-probs of a fixed text "
                 f'differ by {self.gap:.4g} nats per token. At the first sync, when both sides held the same weights, '
-                f'it was {self.noise:.4g}, and {limit:.4g} is allowed now (the policy has moved by {self.drift:.4g} since '
-                f'then). {self._advice}'
+                f'it was {self.noise:.4g}, and {limit:.4g} is allowed now (the policy has moved by {self.drift:.4g} '
+                f'since then). {self._advice}'
             )
         self._follow(trainer, server, where)
 
