@@ -36,6 +36,8 @@ class SteppedEngine:
     def __init__(self, engine: LLMEngine) -> None:
         self._engine = engine
         self._streams: dict[str, asyncio.Queue[Any]] = {}
+        self._inside: set[str] = set()
+        """Requests that the engine works on. A stream may still have outputs to hand out when its request has ended."""
         self._stepping: asyncio.Task[None] | None = None
         self._gone: str | None = None
         """Why the engine can not be used any more."""
@@ -49,7 +51,7 @@ class SteppedEngine:
     @property
     def running(self) -> int:
         """Requests that have not ended."""
-        return len(self._streams)
+        return len(self._inside)
 
     def list_loras(self) -> Any:
         """Adapters that the engine holds, for swift's own look-up."""
@@ -69,12 +71,13 @@ class SteppedEngine:
         if self._gone is not None:
             raise EngineGone(self._gone)
         outputs: asyncio.Queue[Any] = asyncio.Queue()
-        finished = False
         self._streams[request_id] = outputs
         try:
             self._engine.add_request(request_id, inputs, sampling, lora_request=lora_request, priority=priority)
+            self._inside.add(request_id)
             if self._stepping is None or self._stepping.done():
                 self._stepping = asyncio.create_task(self._step_on())
+            finished = False
             while not finished:
                 output = await outputs.get()
                 if isinstance(output, EngineGone):
@@ -83,8 +86,12 @@ class SteppedEngine:
                 yield output
         finally:
             del self._streams[request_id]
-            if not finished and self._gone is None:
-                self._engine.abort_request([request_id])
+            self._abort({request_id} & self._inside)
+
+    def _abort(self, request_ids: set[str]) -> None:
+        self._inside -= request_ids
+        if request_ids and self._gone is None:
+            self._engine.abort_request(list(request_ids))
 
     async def _step_on(self) -> None:
         try:
@@ -92,6 +99,7 @@ class SteppedEngine:
                 outputs = self._engine.step()
                 self.steps += 1
                 self.answers += len(outputs)
+                self._inside.difference_update(output.request_id for output in outputs if output.finished)
                 for output in outputs:
                     # What was aborted a moment ago may still have had an output in this step.
                     if output.request_id in self._streams:
@@ -114,8 +122,7 @@ class SteppedEngine:
 
     async def settle(self) -> None:
         """When a batch has ended: nothing of it is left in the engine, which swift may put to sleep now."""
-        if self._streams and self._gone is None:
-            self._engine.abort_request(list(self._streams))  # of what could not even be cancelled
+        self._abort(set(self._inside))  # of what could not even be cancelled
         if self._stepping is not None:
             await self._stepping
             self._stepping = None

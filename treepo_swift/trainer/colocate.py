@@ -15,7 +15,7 @@ from .weight_sync import ServerProof, WeightSyncProof
 if TYPE_CHECKING:
     from swift.rlhf_trainers import GRPOTrainer as _Trainer
 
-    from treepo_swift.server.colocate import ColocateTrees
+    from .rollout import ColocateTrees
 else:
     _Trainer = object
 
