@@ -9,6 +9,8 @@ eval "$(python -m treepo_swift.compat.cpu)"  # beside vLLM's CPU build: torch sh
 REWARD_FUNCS=${REWARD_FUNCS-digit_sum}
 SCHEDULER=${SCHEDULER-treepo}
 if [ -n "${COLOCATE:-}" ]; then
+    # vLLM would bind this process, and so the trainer in it, to cores of its own choice.
+    export VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind}
     rollout=(
         --vllm_mode colocate
         ${SCHEDULER:+--multi_turn_scheduler "$SCHEDULER"}

@@ -3,6 +3,7 @@
 All else of sleeping is vLLM's and swift's own: the scheduler that is paused, caches that are reset, partial waking.
 """
 
+from swift.rlhf_trainers import rollout_mixin, utils
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -37,3 +38,5 @@ def wake_up(self, tags=None):
 
 CpuPlatform.is_sleep_mode_available = lambda self: True
 CPUWorker.sleep, CPUWorker.wake_up = sleep, wake_up
+# It asks for a device's memory, which a CPU has not.
+rollout_mixin.aggressive_empty_cache = utils.aggressive_empty_cache = lambda *args, **kwargs: None

@@ -528,6 +528,7 @@ def options(**changes: Any) -> SimpleNamespace:
                 tree_scheduler=None,
                 vllm_tensor_parallel_size=1,
                 completion_length_limit_scope='per_round',
+                world_size=2,
             ),
             **changes,
         }
@@ -552,6 +553,11 @@ def options(**changes: Any) -> SimpleNamespace:
         (dict(async_generate=True, eval_on_start=True), {}, "trains on the evaluation's"),
         (dict(tree_scheduler='treepo', vllm_tensor_parallel_size=2), {}, 'must add, step and abort the same requests'),
         (dict(tree_scheduler='treepo', completion_length_limit_scope='total'), {}, 'limits each turn'),
+        (
+            dict(tree_scheduler='treepo'),
+            dict(budget='by_segment_tokens', budget_tokens=4096),
+            'by_segment_tokens on 2 ranks in colocate mode',
+        ),
     ],
 )
 def test_options_that_can_not_work_are_refused_with_the_reason(changes, config, message):
@@ -567,6 +573,9 @@ def test_options_that_can_not_work_are_refused_with_the_reason(changes, config, 
     'changes, config',
     [
         ({}, {}),
+        (dict(tree_scheduler='treepo'), {}),
+        (dict(tree_scheduler='treepo', world_size=1), dict(budget='by_segment_tokens', budget_tokens=4096)),
+        ({}, dict(budget='by_segment_tokens', budget_tokens=4096)),
         (dict(scale_rewards='batch'), {}),
         (dict(scale_rewards='none'), dict(normalisation='none')),
         (dict(scale_rewards='none', loss_type='real'), dict(normalisation='group')),

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from swift.infer_engine.protocol import RequestConfig
 from swift.rlhf_trainers.utils import profiling_context
 
-from .rollout import RankRollout, plant_in_process
+from .rollout import RankRollout, plant_in_process, together
 from .weight_sync import ServerProof, WeightSyncProof
 
 if TYPE_CHECKING:
@@ -31,9 +31,8 @@ class ColocateMixin(_Trainer):
     def _plant_here(self) -> None:
         """After swift has made the engine. Every rank has one; all raise, or none."""
         args = self.args
-        rollout = RankRollout(None, rank=self.accelerator.process_index, gather=self._gather_lists)
-        self.trees_here = rollout.together(
-            lambda: plant_in_process(self.engine, args.tree_scheduler, self.tree_config, args)
+        self.trees_here = together(
+            lambda: plant_in_process(self.engine, args.tree_scheduler, self.tree_config, args), self._gather_lists
         )
 
     def _infer_single_or_multi_turn(
@@ -43,13 +42,13 @@ class ColocateMixin(_Trainer):
             return super()._infer_single_or_multi_turn(samples, request_config, is_global_inputs)
         ranks = RankRollout(self.trees_here, rank=self.accelerator.process_index, gather=self._gather_lists)
         with profiling_context(self, 'generate'), self._disable_sp_context():
-            self._compare_weights(ranks)
+            self._compare_weights()
             note = self._request_note()
             size = 1 if note.mode == 'independent' else note.num_generations
             outputs = ranks.outputs(self.samples2requests(samples), size, self._get_request_config())
         return self._postprocess_rollout_outputs(samples, outputs)
 
-    def _compare_weights(self, ranks: RankRollout) -> None:
+    def _compare_weights(self) -> None:
         """What is left of a weight sync's proof: the engine's half, now that its KV cache is awake."""
         if self._to_compare is None:
             return
@@ -64,7 +63,7 @@ class ColocateMixin(_Trainer):
                 ours, self.trees_here.score(token_ids), url=engine, dtype=dtype, step=self.state.global_step
             )
 
-        mine = ranks.together(compare)
+        mine = together(compare, self._gather_lists)
         proof.servers.update(self._gather_proofs(rank, mine))
         self._note_proof(proof, was_proven, time.perf_counter() - began)
 

@@ -25,7 +25,7 @@ def check_options(args: GRPOConfig, config: TreeConfig) -> None:
         *_advantage_reasons(args, config),
         *_segment_reasons(args, config),
         *_rollout_reasons(args),
-        *_colocate_reasons(args),
+        *_colocate_reasons(args, config),
     ]
     if reasons:
         raise ConfigError('These options can not be used with trees:\n' + '\n'.join(f'  {r}' for r in reasons))
@@ -103,7 +103,7 @@ def _rollout_reasons(args: GRPOConfig) -> Iterator[str]:
         )
 
 
-def _colocate_reasons(args: GRPOConfig) -> Iterator[str]:
+def _colocate_reasons(args: GRPOConfig, config: TreeConfig) -> Iterator[str]:
     """Options that can not go with trees on the engine in the trainer's process."""
     if args.tree_scheduler is None:
         return
@@ -117,4 +117,9 @@ def _colocate_reasons(args: GRPOConfig) -> Iterator[str]:
         yield (
             '--completion_length_limit_scope total: on trees --max_completion_length limits each turn, and the '
             "engine's model length all of them. Use per_round, and --vllm_max_model_len for the whole."
+        )
+    if config.budget.policy == 'by_segment_tokens' and args.world_size > 1:
+        yield (
+            f'budget.policy=by_segment_tokens on {args.world_size} ranks in colocate mode: all trees of a batch share '
+            'those tokens, and here they grow on several engines. Use another budget, or --vllm_mode server.'
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest, RolloutOutput
 from swift.rlhf_trainers import VLLMInferClient
@@ -20,6 +20,8 @@ from treepo_swift.wire.note import REQUEST_KEY, RequestNote
 if TYPE_CHECKING:
     from treepo_swift.server.colocate import ColocateTrees
     from treepo_swift.server.grouping import Group
+
+T = TypeVar('T')
 
 
 def rollout_note(
@@ -88,6 +90,25 @@ def plant_in_process(engine: Any, name: str, config: TreeConfig, args: Any) -> C
     return ColocateTrees(engine, multi_turns[name], config, **options)
 
 
+def together(work: Callable[[], T], gather: Callable[[list[Any]], list[Any]]) -> T:
+    """What `work` returns on this rank, where it raises on none; else all ranks raise.
+
+    `gather` puts the ranks' lists one behind the other, on every rank.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as e:
+        error = e
+    errors = gather([None if error is None else f'{type(error).__name__}: {error}'])
+    if error is not None:
+        raise error
+    for rank, text in enumerate(errors):
+        if text is not None:
+            raise RuntimeError(f'Rank {rank} failed, and no rank can go on without it. {text}')
+    return result
+
+
 class RankRollout:
     """One rollout over all ranks, each with an engine of its own: groups are dealt out whole, and given back.
 
@@ -96,13 +117,13 @@ class RankRollout:
     """
 
     def __init__(self, trees: ColocateTrees, *, rank: int, gather: Callable[[list[Any]], list[Any]]) -> None:
-        """`gather` puts the ranks' lists one behind the other, on every rank."""
+        """`gather` as for `together`."""
         self._trees = trees
         self._rank = rank
         self._gather = gather
 
     def outputs(
-        self, requests: Sequence[RolloutInferRequest], size: int | None, request_config: RequestConfig
+        self, requests: Sequence[RolloutInferRequest], size: int, request_config: RequestConfig
     ) -> list[RolloutOutput]:
         """The outputs of this rank's `requests`, in their order. Groups are of `size` requests."""
         from treepo_swift.server.grouping import group_requests, request_key
@@ -111,37 +132,19 @@ class RankRollout:
         keys = self._gather([request_key(request) for request in requests])
         groups = group_requests(keys, [size] * len(keys))
         grown_by = deal_groups(groups, len(keys), len(counts))
-        lies_on = [rank for rank, count in enumerate(counts) for _ in range(count)]
         begin = sum(counts[: self._rank])
         here = range(begin, begin + len(requests))
-        moves = grown_by != lies_on
         # Whole groups mostly lie where they grow; then no request and no output travels.
+        moves = grown_by != [rank for rank, count in enumerate(counts) for _ in range(count)]
         everything = self._gather(list(requests)) if moves else {p: requests[p - begin] for p in here}
-        mine = [position for position, rank in enumerate(grown_by) if rank == self._rank]
         copies = {position: group.copy for group in groups for position in group.members}
-        outputs = self._grow([with_copy(everything[p], copies[p]) for p in mine], request_config)
+        mine = [position for position, rank in enumerate(grown_by) if rank == self._rank]
+        asked = [with_copy(everything[p], copies[p]) for p in mine]
+        outputs = together(lambda: self._trees.rollout(asked, request_config) if asked else [], self._gather)
         if not moves:
             return outputs
         given_back = dict(self._gather(list(zip(mine, outputs, strict=True))))
         return [given_back[position] for position in here]
-
-    def _grow(self, requests: list[RolloutInferRequest], request_config: RequestConfig) -> list[RolloutOutput]:
-        return self.together(lambda: self._trees.rollout(requests, request_config) if requests else [])
-
-    def together(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns here, where it raises on no rank; else all raise."""
-        result, error = None, None
-        try:
-            result = work()
-        except Exception as e:
-            error = e
-        errors = self._gather([None if error is None else f'{type(error).__name__}: {error}'])
-        if error is not None:
-            raise error
-        failed = next((rank for rank, text in enumerate(errors) if text is not None), None)
-        if failed is not None:
-            raise RuntimeError(f'The rollout failed on rank {failed}. {errors[failed]}')
-        return result
 
 
 def deal_groups(groups: Sequence[Group], requests: int, ranks: int) -> list[int]:
@@ -159,6 +162,5 @@ def deal_groups(groups: Sequence[Group], requests: int, ranks: int) -> list[int]
 def with_copy(request: RolloutInferRequest, number: int) -> RolloutInferRequest:
     """A request whose note says which of its prompt's trees in the whole batch it belongs to."""
     request = copy.copy(request)
-    note = RequestNote.from_dict(request.data_dict[REQUEST_KEY])
-    request.data_dict = {**request.data_dict, REQUEST_KEY: {**note.to_dict(), 'copy': number}}
+    request.data_dict = {**request.data_dict, REQUEST_KEY: {**request.data_dict[REQUEST_KEY], 'copy': number}}
     return request
