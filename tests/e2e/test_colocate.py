@@ -29,6 +29,7 @@ CASES = {
         'fork_at=turn segment_length=48 max_depth=1 stop.answer=none',
     ),
     'sleep_1_lora': ('--sleep_level 1 --tuner_type lora --offload_optimizer true', 'max_depth=4'),
+    'vllm_lora': ('--tuner_type lora --vllm_enable_lora true', 'max_depth=4'),
     'sleep_2_dynamic_sample': (
         '--sleep_level 2 --offload_model true --dynamic_sample true --reward_funcs flat_once',
         'max_depth=4',
@@ -160,6 +161,11 @@ def test_turns(rows):
 def test_sleep_1_lora(rows, outcomes):
     log = (outcomes / 'log').read_text()
     assert log.count('worker sleeps at level 1') == 3  # before the first step, and after each
+
+
+def test_vllm_lora(rows):
+    """The adapter is the engine's own, and the trainer's is not changed by that: the weights are compared."""
+    assert all(row['tree/sync_gap'] < 1e-4 for row in rows)
 
 
 def test_sleep_2_dynamic_sample(rows, outcomes):
