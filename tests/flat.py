@@ -38,6 +38,7 @@ PLACES = {
     'max_retries': ('faults', 'max_retries'),
     'max_failure_fraction': ('faults', 'max_failure_fraction'),
     'hook_timeout': ('faults', 'hook_timeout'),
+    'stall_timeout': ('faults', 'stall_timeout'),
     'require_trainer': ('checks', 'require_trainer'),
     'verify_weight_sync': ('checks', 'verify_weight_sync'),
 }

@@ -1,6 +1,7 @@
 """Runs the quickstart: model, rollout server, training, result. Everything lands in one output folder.
 
     python run.py --steps 40 --seed 42
+    python run.py --colocate            # one process, no server
 
 What is there already is used again: the model, the data, and a finished training of the same seed and steps.
 """
@@ -22,6 +23,7 @@ from services import Service, free_port, guarded, offline_environment
 HERE = Path(__file__).resolve().parent
 START_TIMEOUT = 300
 HELDOUT = 256
+LOGS = ('rollout.log', 'train.log', 'train/logging.jsonl')
 
 
 def main() -> int:
@@ -29,6 +31,7 @@ def main() -> int:
     parser.add_argument('--output', type=Path, default=HERE.parents[1] / 'output' / 'quickstart')
     parser.add_argument('--steps', type=int, default=40, help='GRPO steps')
     parser.add_argument('--seed', type=int, default=42, help='seed of the training')
+    parser.add_argument('--colocate', action='store_true', help='vLLM runs in the training process; no server')
     parser.add_argument('--fresh', action='store_true', help='train again even if this training is there')
     args = parser.parse_args()
     if args.steps < 1:
@@ -38,7 +41,7 @@ def main() -> int:
 
 def quickstart(args: argparse.Namespace) -> None:
     output: Path = args.output.resolve()
-    run = output / f'seed-{args.seed}-steps-{args.steps}'
+    run = output / f'seed-{args.seed}-steps-{args.steps}{"-colocate" if args.colocate else ""}'
     if args.fresh:
         shutil.rmtree(run, ignore_errors=True)
     started = time.monotonic()
@@ -75,23 +78,33 @@ def make_model(output: Path) -> tuple[Path, Path]:
 
 
 def train(args: argparse.Namespace, run: Path, base: Path, data: Path) -> None:
-    port = free_port()
     env = {
         **offline_environment(base, data),
-        'PORT': str(port),
-        'GROUP_PORT': str(free_port()),
         'STEPS': str(args.steps),
         'SEED': str(args.seed),
         'OUTPUT': str(run / 'train'),
     }
+    if args.colocate:
+        step('2/4', 'rollout server: not needed, vLLM runs in the training process')
+        run_training(args, run, {**env, 'COLOCATE': '1'}, [])
+        return
+    port = free_port()
+    env.update(PORT=str(port), GROUP_PORT=str(free_port()))
     step('2/4', f'rollout server on port {port} (log: {run / "rollout.log"})')
     with Service('The rollout server', ['bash', str(HERE / 'rollout.sh')], log=run / 'rollout.log', env=env) as server:
         began = time.monotonic()
         server.wait_for_health(port, timeout=START_TIMEOUT)
         print(f'      ready after {time.monotonic() - began:.0f} s')
-        step('3/4', f'training, {args.steps} GRPO steps (log: {run / "train.log"})')
-        with Service('The training', ['bash', str(HERE / 'train.sh')], log=run / 'train.log', env=env) as training:
-            follow(run / 'train' / 'logging.jsonl', args.steps, [server.check, training.check])
+        run_training(args, run, env, [server.check])
+
+
+def run_training(
+    args: argparse.Namespace, run: Path, env: dict[str, str], checks: list[Callable[[], int | None]]
+) -> None:
+    """`checks` are those of what the training needs beside itself."""
+    step('3/4', f'training, {args.steps} GRPO steps (log: {run / "train.log"})')
+    with Service('The training', ['bash', str(HERE / 'train.sh')], log=run / 'train.log', env=env) as training:
+        follow(run / 'train' / 'logging.jsonl', args.steps, [*checks, training.check])
 
 
 def follow(log: Path, steps: int, checks: list[Callable[[], int | None]]) -> None:
@@ -166,7 +179,7 @@ def report(run: Path, checkpoint: Path, before: float, after: float, *, minutes:
         ('the same answers, sampled one by one', f'{independent:,.0f} ({1 - decoded / independent:.0%} saved)'),
         ("scheduler's own CPU time", f"{share:.1%} of the rollouts' wall time"),
         ('checkpoint', str(checkpoint)),
-        ('logs', f'{run}/rollout.log, train.log, train/logging.jsonl'),
+        ('logs', ', '.join(f'{run}/{log}' for log in LOGS if (run / log).exists())),
         ('curves', str(draw(run, rows, before, after))),
         ('time', f'{minutes:.1f} minutes'),
     ]

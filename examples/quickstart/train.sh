@@ -1,11 +1,31 @@
 #!/usr/bin/env bash
-# GRPO on trees: 8 prompts a step, 8 trajectories each. Start rollout.sh first, with the same MODEL and PORT. With an empty
-# REWARD_FUNCS the rewards come from elsewhere (an environment).
+# GRPO on trees: 8 prompts a step, 8 trajectories each. Start rollout.sh first, with the same MODEL and PORT; or set
+# COLOCATE=1, and vLLM runs in this process (with an empty SCHEDULER without trees). With an empty REWARD_FUNCS the
+# rewards come from elsewhere (an environment).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export TREEPO_CONFIG=${TREEPO_CONFIG:-$here/tree.yaml}
 eval "$(python -m treepo_swift.compat.cpu)"  # beside vLLM's CPU build: torch shall use neither GPU nor NCCL
 REWARD_FUNCS=${REWARD_FUNCS-digit_sum}
+SCHEDULER=${SCHEDULER-treepo}
+if [ -n "${COLOCATE:-}" ]; then
+    # vLLM would bind this process, and so the trainer in it, to cores of its own choice.
+    export VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind}
+    rollout=(
+        --vllm_mode colocate
+        ${SCHEDULER:+--multi_turn_scheduler "$SCHEDULER"}
+        --vllm_enforce_eager true
+        --vllm_max_model_len 384
+        --vllm_engine_kwargs '{"block_size": 32}'
+    )
+else
+    rollout=(
+        --vllm_mode server
+        --vllm_server_host 127.0.0.1
+        --vllm_server_port "${PORT:-8000}"
+        --vllm_server_group_port "${GROUP_PORT:-51216}"
+    )
+fi
 
 swift rlhf \
     --rlhf_type grpo \
@@ -23,10 +43,7 @@ swift rlhf \
     --dataset_num_proc 1 \
     --dataloader_num_workers 0 \
     --use_vllm true \
-    --vllm_mode server \
-    --vllm_server_host 127.0.0.1 \
-    --vllm_server_port "${PORT:-8000}" \
-    --vllm_server_group_port "${GROUP_PORT:-51216}" \
+    "${rollout[@]}" \
     --num_generations 8 \
     --per_device_train_batch_size 64 \
     --gradient_accumulation_steps 1 \

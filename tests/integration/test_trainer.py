@@ -525,6 +525,10 @@ def options(**changes: Any) -> SimpleNamespace:
                 eval_on_start=False,
                 per_device_train_batch_size=16,
                 num_generations=8,
+                tree_scheduler=None,
+                vllm_tensor_parallel_size=1,
+                completion_length_limit_scope='per_round',
+                world_size=2,
             ),
             **changes,
         }
@@ -547,6 +551,13 @@ def options(**changes: Any) -> SimpleNamespace:
         (dict(advantage_reweight='rlsd'), dict(estimator='progress'), 'reweights one advantage per trajectory'),
         (dict(structured_outputs_regex='a+'), {}, 'would start anew at every segment'),
         (dict(async_generate=True, eval_on_start=True), {}, "trains on the evaluation's"),
+        (dict(tree_scheduler='treepo', vllm_tensor_parallel_size=2), {}, 'must add, step and abort the same requests'),
+        (dict(tree_scheduler='treepo', completion_length_limit_scope='total'), {}, 'limits each turn'),
+        (
+            dict(tree_scheduler='treepo'),
+            dict(budget='by_segment_tokens', budget_tokens=4096),
+            'by_segment_tokens on 2 ranks in colocate mode',
+        ),
     ],
 )
 def test_options_that_can_not_work_are_refused_with_the_reason(changes, config, message):
@@ -562,6 +573,9 @@ def test_options_that_can_not_work_are_refused_with_the_reason(changes, config, 
     'changes, config',
     [
         ({}, {}),
+        (dict(tree_scheduler='treepo'), {}),
+        (dict(tree_scheduler='treepo', world_size=1), dict(budget='by_segment_tokens', budget_tokens=4096)),
+        ({}, dict(budget='by_segment_tokens', budget_tokens=4096)),
         (dict(scale_rewards='batch'), {}),
         (dict(scale_rewards='none'), dict(normalisation='none')),
         (dict(scale_rewards='none', loss_type='real'), dict(normalisation='group')),
@@ -585,7 +599,9 @@ def test_the_weights_are_proven_unless_told_otherwise(asked, monkeypatch, tmp_pa
     from tests.flat import flat
 
     config = flat(verify_weight_sync=asked)
-    args = SimpleNamespace(tree_engines=[('http://x', {})], output_dir=str(tmp_path), tree_config=config)
+    args = SimpleNamespace(
+        tree_scheduler=None, tree_engines=[('http://x', {})], output_dir=str(tmp_path), tree_config=config
+    )
     trainer, _ = build_trainer(
         [],
         [],

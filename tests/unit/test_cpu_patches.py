@@ -22,6 +22,7 @@ TARGETS: list[tuple[Callable[[], None], str, str]] = [
     (cpu.patch_weight_broadcast, 'vllm.distributed.device_communicators.pynccl:PyNcclCommunicator', 'broadcast'),
     (cpu.patch_deepspeed_backend, 'accelerate.state:PartialState', '_prepare_backend'),
     (cpu.patch_weight_packing, 'vllm.model_executor.layers.utils', 'dispatch_cpu_unquantized_gemm'),
+    (cpu.patch_adapter_scaling, 'vllm.lora.lora_weights:LoRALayerWeights', 'optimize'),
     (cpu.patch_idle_spin, 'vllm.distributed.device_communicators.shm_broadcast:SpinCondition', '__init__'),
 ]
 IDS = [f'{owner}.{name}' for _, owner, name in TARGETS]
@@ -170,6 +171,15 @@ def test_linear_weights_stay_loadable(keep: pytest.MonkeyPatch) -> None:
     layer.weight.data.copy_(torch.ones(2, 3))
     assert layer.weight is weight
     assert layer.cpu_linear(torch.ones(1, 3), layer.weight, None).tolist() == [[3.0, 3.0]]
+
+
+def test_an_adapter_of_the_trainer_is_not_scaled_in_place(keep: pytest.MonkeyPatch) -> None:
+    weights = pytest.importorskip('vllm.lora.lora_weights')
+    keep.setattr(weights.LoRALayerWeights, 'optimize', weights.LoRALayerWeights.optimize)
+    cpu.patch_adapter_scaling()
+    mine = torch.ones(4, 2)
+    held = weights.LoRALayerWeights('x', rank=2, lora_alpha=8, lora_a=torch.ones(2, 3), lora_b=mine).optimize()
+    assert torch.equal(held.lora_b, torch.full((4, 2), 4.0)) and torch.equal(mine, torch.ones(4, 2))
 
 
 def test_an_enabled_communicator_keeps_its_own_broadcast(keep: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,7 @@ ADVANTAGE_KEYS: dict[str, tuple[Any, Any]] = {
 }
 SCHEDULER, TRAINER = 'tests/integration/test_scheduler.py', 'tests/integration/test_trainer.py'
 SHARED = 'tests/integration/test_shared_trainer.py'
+COLOCATE = 'tests/integration/test_colocate.py'
 ELSEWHERE = {
     'branching.top_k': f'{SCHEDULER}::test_a_config_that_this_server_can_not_follow_is_refused',
     'branching.options': 'tests/unit/test_policies.py::test_options_reach_a_policy_of_ones_own',
@@ -84,6 +85,7 @@ ELSEWHERE = {
     'faults.max_failure_fraction': f'{SCHEDULER}::test_an_engine_that_is_gone_is_one_clear_error',
     'faults.hook_timeout': f'{SCHEDULER}::test_bad_hooks_are_named',
     'faults.max_hung_hooks': 'tests/integration/test_hooks.py',
+    'faults.stall_timeout': f'{COLOCATE}::test_a_rollout_that_stands_still_ends_and_says_where',
     'checks.require_trainer': f'{SCHEDULER}::test_the_plain_trainer_may_be_allowed',
     'checks.verify_weight_sync': f'{TRAINER}::test_the_weights_are_proven_unless_told_otherwise',
     'eval_trees': f'{TRAINER}::test_evaluation_asks_for_trees_only_where_told',

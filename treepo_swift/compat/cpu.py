@@ -88,6 +88,7 @@ def register() -> None:
     patch_synchronize()
     patch_weight_broadcast()
     patch_weight_packing()
+    patch_adapter_scaling()
     patch_idle_spin()
 
 
@@ -191,6 +192,24 @@ def patch_weight_packing() -> None:
         return dispatch
 
     _replace('vllm.model_executor.layers.utils', 'dispatch_cpu_unquantized_gemm', build)
+
+
+def patch_adapter_scaling() -> None:
+    """Let vLLM scale a copy of an adapter's weights.
+
+    In colocate mode swift hands over the trainer's own tensors (``--vllm_enable_lora true``). vLLM moves them to the
+    CPU and multiplies `lora_b` by the adapter's scaling in place. On an accelerator that is a copy; here it is the
+    trainer's parameter, which grows by that factor (``lora_alpha / lora_rank``) at every weight sync.
+    """
+
+    def build(original: Callable[..., Any]) -> Callable[..., Any]:
+        def optimize(self: Any) -> Any:
+            self.lora_b = self.lora_b.clone()
+            return original(self)
+
+        return optimize
+
+    _replace('vllm.lora.lora_weights:LoRALayerWeights', 'optimize', build)
 
 
 def patch_idle_spin() -> None:

@@ -351,6 +351,9 @@ class Faults(Section):
     """Seconds that an overridden hook may take, from when it runs, before its path counts as failed."""
     max_hung_hooks: NotNegative = 64
     """Threads that hooks may hold for good before the rollout raises; each that never returns is replaced."""
+    stall_timeout: Annotated[float, Strict(), Field(ge=0.1, allow_inf_nan=False)] = 600.0
+    """Colocate mode: seconds without an output of the engine or an answer of a hook after which a rollout counts as
+    hung. It then ends with an error that says where it stands."""
 
 
 class Checks(Section):

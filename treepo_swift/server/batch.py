@@ -189,7 +189,8 @@ class RolloutBatch:
                 # As long as the paths of the trainer's trees.
                 max_response = min(max_response, config.max_response_tokens)
             config = plain_config(config, max_response)
-        seed = f'{config.seed}:{self._request_config.seed}:{note.step}:{group.copy}:{prompt_text(request)}'
+        copy = group.copy if note.copy is None else note.copy
+        seed = f'{config.seed}:{self._request_config.seed}:{note.step}:{copy}:{prompt_text(request)}'
         return TreeSearch(
             config,
             tree_id=request.uuid or f'tree-{group.members[0]}',

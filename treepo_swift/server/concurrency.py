@@ -13,10 +13,10 @@ CALM = (50_000, 50, 1000)
 
 
 @contextmanager
-def calm_garbage_collection() -> Iterator[None]:
+def calm_garbage_collection(*, freeze: bool = True) -> Iterator[None]:
     """Collect less often: growing trees are many objects without cycles, and looking through them again and again
-    takes as long as growing them."""
-    if not gc.get_freeze_count():
+    takes as long as growing them. With `freeze`, what is there at the first call is never collected at all."""
+    if freeze and not gc.get_freeze_count():
         # A full collection over what swift and vLLM have loaded stops the event loop for 0.4 s; none of it is garbage.
         gc.collect()
         gc.freeze()

@@ -17,8 +17,7 @@ def check_config(
 ) -> None:
     """Raise `ConfigError` or ``ValueError`` where trees of `config` can not grow here."""
     config.check_fits(info.max_model_len, '--vllm_max_model_len')
-    check_policies(config)
-    TextChecker(config)
+    check_named(config)
     if config.fork_at == 'turn' and config.pacing == 'even' and not max_turns:
         raise ConfigError(
             "pacing='even' with fork_at='turn': forks are spread over the turns, whose number "
@@ -37,6 +36,12 @@ def check_config(
             f'{info.block_size} tokens: every fork computes the tokens of its last, partial block again. '
             'Set segment_length to a multiple of it, or --vllm_engine_kwargs \'{"block_size": ...}\' to a divisor.',
         )
+
+
+def check_named(config: TreeConfig) -> None:
+    """Raise where the config names a policy, a detector or a setting of theirs that does not exist."""
+    check_policies(config)
+    TextChecker(config)
 
 
 def check_budget(config: TreeConfig, groups: Sequence[Group]) -> None:

@@ -22,6 +22,10 @@ class EngineError(RuntimeError):
         self.kind = kind
 
 
+class EngineGone(RuntimeError):
+    """The engine can not be asked for anything any more. This ends the batch: nothing is retried."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """An encoded prompt: its token ids and whatever else (images, template inputs) swift's template made of it."""
@@ -87,7 +91,7 @@ class SegmentEngine(Protocol):
         """Sample up to `max_tokens` after ``prompt.token_ids + response_ids``, as segments of `segment_tokens`.
 
         Only the last segment may be shorter or have a `stop`. Closing the generator ends the sampling. Raises
-        `EngineError`.
+        `EngineError`, or `EngineGone`.
         """
 
     def counters(self) -> EngineCounters | None:

@@ -78,6 +78,13 @@ def prompt_key(request: RolloutInferRequest) -> str:
     return hashlib.blake2b(prompt_text(request).encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()
 
 
+def request_key(request: RolloutInferRequest) -> str:
+    """`prompt_key` of a request that still has its note, which is no part of the prompt."""
+    bare = copy.copy(request)
+    bare.data_dict = {key: value for key, value in (request.data_dict or {}).items() if key != REQUEST_KEY}
+    return prompt_key(bare)
+
+
 def group_requests(keys: Sequence[str], num_generations: Sequence[int | None]) -> list[Group]:
     """Gather equal keys into groups of `num_generations` (None: all of them), in order of first appearance.
 

@@ -19,7 +19,7 @@ from treepo_swift.core.tree import StopReason, response_ids
 
 from .concurrency import Rendezvous, task_group
 from .conversation import Conversation
-from .engine import EngineError, Placement, Prompt, SegmentEngine
+from .engine import EngineError, EngineGone, Placement, Prompt, SegmentEngine
 from .hooks import HookError
 from .replies import data_of
 from .segment_check import SegmentCheck
@@ -202,6 +202,8 @@ class TreeGrower:
                         yield segment
                 if left:
                     raise EngineError('the engine ended a request before its path had ended')
+            except EngineGone:
+                raise
             except Exception as e:
                 errors += 1
                 if errors > self.search.config.faults.max_retries:

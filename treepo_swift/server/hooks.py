@@ -44,6 +44,8 @@ class HookRunner:
         self._threads = HookThreads(MAX_HOOK_THREADS)
         self._hung_tasks: dict[asyncio.Task[Any], str] = {}
         """Async hooks that did not end when they were cancelled, with their names."""
+        self.returned = 0
+        """Calls that have come back, in whatever way."""
 
     @property
     def hung(self) -> Counter[str]:
@@ -82,6 +84,8 @@ class HookRunner:
         except Exception as e:
             raised = f'raised {type(e).__name__}'
             raise HookError(name, where, f'{raised}: {e}', kind=raised) from e
+        finally:
+            self.returned += 1
 
     async def _on_the_loop(self, coroutine: Coroutine[Any, Any, Any], name: str, timeout: float) -> Any:
         task = asyncio.ensure_future(_without_exit(coroutine))

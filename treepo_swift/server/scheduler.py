@@ -29,7 +29,7 @@ from .grower import CpuClock
 from .hooks import HookRunner
 from .migrating import check_hooks, refuse_moved
 from .outputs import OutputWriter, RolloutError, RolloutFailure
-from .turn_hooks import overridden_hooks
+from .turn_hooks import TURN_HOOKS, overridden_hooks
 from .vllm_engine import VllmSegmentEngine
 
 __all__ = ['SWIFT_PLACEHOLDER', 'RolloutError', 'RolloutFailure', 'TreeRolloutScheduler']
@@ -65,18 +65,8 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
         **kwargs: Any,
     ) -> None:
         """swift passes `infer_engine`; give a `segment_engine` instead to run on an engine of your own."""
-        check_hooks(type(self))
+        self.check_class(use_gym_env=bool(kwargs.get('use_gym_env')))
         super().__init__(infer_engine, max_turns, *args, **kwargs)
-        if kwargs.get('use_gym_env') and not isinstance(self, GYMScheduler):
-            raise ConfigError(
-                f'--use_gym_env true: {type(self).__name__} plays no environment. Use '
-                '--multi_turn_scheduler treepo_gym, or a subclass of treepo_swift.server.gym.TreeGymScheduler.'
-            )
-        if type(self).run is not MultiTurnScheduler.run:
-            raise NotImplementedError(
-                f'{type(self).__name__}.run: trees take many paths at once and would never call '
-                'it. Override `step` and `check_finished` instead.'
-            )
         self._default = TreeConfig.load()
         self.config = self._default
         self._engine = VllmSegmentEngine(infer_engine) if segment_engine is None and infer_engine else segment_engine
@@ -111,6 +101,26 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
         return super().check_finished(infer_request, response_choice, current_turn)
 
     # Machinery below.
+
+    @classmethod
+    def check_class(cls, *, use_gym_env: bool) -> None:
+        """Raise where trees can not call what this class overrides, or it is not made for gym environments."""
+        check_hooks(cls)
+        if use_gym_env and not issubclass(cls, GYMScheduler):
+            raise ConfigError(
+                f'--use_gym_env true: {cls.__name__} plays no environment. Use '
+                '--multi_turn_scheduler treepo_gym, or a subclass of treepo_swift.server.gym.TreeGymScheduler.'
+            )
+        if cls.run is not MultiTurnScheduler.run:
+            raise NotImplementedError(
+                f'{cls.__name__}.run: trees take many paths at once and would never call '
+                'it. Override `step` and `check_finished` instead.'
+            )
+
+    @classmethod
+    def has_turns(cls) -> bool:
+        """Whether hooks are asked about turns, which may read what the dataset says beside the prompt."""
+        return any(getattr(cls, hook) is not getattr(TreeRolloutScheduler, hook) for hook in TURN_HOOKS)
 
     async def async_infer(
         self,
@@ -160,7 +170,8 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
     def _server(self) -> Server:
         if self._engine is None:
             raise RolloutError(
-                'TreeRolloutScheduler has no engine: trees need `--vllm_mode server` and `swift rollout`.'
+                f'{type(self).__name__} has no engine. `swift rollout` gives it one, and in colocate mode '
+                'TreeGRPOTrainer does: is the plugin file among --external_plugins?'
             )
         eos = self.tokenizer.eos_token_id
         return Server(

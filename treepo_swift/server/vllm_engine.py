@@ -68,8 +68,13 @@ def entropy(logprobs: Sequence[float]) -> float:
     return total - (rest * math.log(rest) if rest > 1e-12 else 0.0)
 
 
+def encoding_threads() -> ThreadPoolExecutor:
+    """They are started when there is something to encode."""
+    return ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix='treepo-encode')
+
+
 class VllmSegmentEngine:
-    """`SegmentEngine` over swift's `GRPOVllmEngine` with vLLM's async engine below it."""
+    """`SegmentEngine` over swift's `GRPOVllmEngine`, with vLLM's async engine below it or a `SteppedEngine`."""
 
     def __init__(self, engine: GRPOVllmEngine, features: VllmFeatures | None = None) -> None:
         """`features` are those of the installed vLLM, unless given."""
@@ -91,7 +96,7 @@ class VllmSegmentEngine:
             dtype=str(config.model_config.dtype).removeprefix('torch.'),
         )
         self._by_priority = config.scheduler_config.policy == 'priority'
-        self._encoders = ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix='treepo-encode')
+        self._encoders = encoding_threads()
         self._sampling: Any = None
         self._with_entropies = False
         self.stop_strings: list[str] = []
@@ -103,6 +108,11 @@ class VllmSegmentEngine:
         template.set_mode('vllm')
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._encoders, self._encode, request)
+
+    def end_threads(self) -> None:
+        """Let the threads that encode prompts end; others are started when they are needed again."""
+        self._encoders.shutdown()
+        self._encoders = encoding_threads()
 
     def _encode(self, request: RolloutInferRequest) -> Prompt:
         inputs = self._engine.template.encode(request, True)

@@ -15,7 +15,7 @@ from treepo_swift.config import KV_BLOCK, ConfigError, TreeConfig
 
 from .compatibility import check_options
 from .growth import describe_growth
-from .rollout import find_trees, probe_servers
+from .rollout import check_scheduler, find_trees, probe_servers
 
 logger = get_logger()
 
@@ -38,11 +38,12 @@ class TreeGRPOConfig(GRPOConfig):
             # As ms-swift 4.6.0 does by itself. 4.5.3 keeps its default, True, and torch's loader then raises.
             self.dataloader_persistent_workers = False
         super().__post_init__()
-        self._fit_config(KV_BLOCK)
+        self._fit_config(self._block_size_here())
         check_estimator(self.tree_config.advantage.estimator)
-        scheduler = multi_turns.get(getattr(self, 'multi_turn_scheduler', None))
-        if self.vllm_mode == 'colocate' and getattr(scheduler, 'grows_trees', False):
-            raise ConfigError('--vllm_mode colocate: trees grow in `swift rollout` only, which is --vllm_mode server.')
+        self.tree_scheduler: str | None = self._take_tree_scheduler()
+        """Name of the scheduler that grows trees on the engine in this process (colocate mode)."""
+        if self.tree_scheduler is not None:
+            self._check_colocate(self.tree_config)
         self.tree_engines: list[tuple[str, dict[str, Any]]] = []
         """(url, engine info) of every server if they grow trees; known on the main process only."""
         if self.use_vllm and self.vllm_mode == 'server' and is_master():
@@ -72,16 +73,53 @@ class TreeGRPOConfig(GRPOConfig):
             config.check_fits(engine['max_model_len'], f'--vllm_max_model_len of {url}')
         probe_servers(client, config=config)
         check_options(self, config)
-        for line in describe_growth(
-            config, width=self.num_generations, max_response=self.max_completion_length, block_size=block_size
-        ):
-            logger.info(f'treepo: {line}')
-        warn_of_short_paths(config, self.max_completion_length)
+        self._say_what_grows(block_size)
         if self.async_generate and self.world_size > 1 and not swift_features().async_errors:
             logger.warning(
                 'treepo: --async_generate on several ranks: this ms-swift does not hand a rollout that fails to the '
                 'other ranks, which then wait for good. ms-swift 4.6.0 and newer do.'
             )
+
+    def _say_what_grows(self, block_size: int) -> None:
+        if is_master():
+            for line in describe_growth(
+                self.tree_config,
+                width=self.num_generations,
+                max_response=self.max_completion_length,
+                block_size=block_size,
+            ):
+                logger.info(f'treepo: {line}')
+        warn_of_short_paths(self.tree_config, self.max_completion_length)
+
+    def _take_tree_scheduler(self) -> str | None:
+        """``--multi_turn_scheduler`` where it grows trees in colocate mode. swift must not see it: it would build the
+        scheduler without an engine, and take turns by itself."""
+        name: str | None = getattr(self, 'multi_turn_scheduler', None)
+        if not getattr(multi_turns.get(name), 'grows_trees', False) or self.vllm_mode == 'server':
+            return None
+        if not self.use_vllm:
+            raise ConfigError(
+                f'--multi_turn_scheduler {name} without vLLM: trees grow on vLLM only. Set --use_vllm true and '
+                '--vllm_mode colocate (in this process) or server (`swift rollout`).'
+            )
+        self.multi_turn_scheduler = None
+        return name
+
+    def _block_size_here(self) -> int:
+        """Tokens of a KV block, as far as it is known before the engine is: what --vllm_engine_kwargs asks for."""
+        asked = getattr(self, 'vllm_engine_kwargs', None)
+        return int(asked.get('block_size') or KV_BLOCK) if isinstance(asked, dict) else KV_BLOCK
+
+    def _check_colocate(self, config: TreeConfig) -> None:
+        """Raise what trees in this process can not do, and let requests carry what hooks may read."""
+        config.check_fits(self.max_completion_length, '--max_completion_length')
+        if self.vllm_max_model_len is not None:
+            config.check_fits(self.vllm_max_model_len, '--vllm_max_model_len')
+        check_scheduler(self.tree_scheduler, config, use_gym_env=self.use_gym_env)
+        check_options(self, config)
+        self._say_what_grows(self._block_size_here())
+        if multi_turns[self.tree_scheduler].has_turns():
+            self.vllm_server_pass_dataset = True
 
 
 def warn_of_short_paths(config: TreeConfig, max_completion_length: int) -> None:

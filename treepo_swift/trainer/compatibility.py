@@ -21,7 +21,12 @@ SCALE_REWARDS = {'batch': 'whiten', 'none': 'none'}
 
 def check_options(args: GRPOConfig, config: TreeConfig) -> None:
     """Raise `ConfigError` with every reason why these options can not train on trees."""
-    reasons = [*_advantage_reasons(args, config), *_segment_reasons(args, config), *_rollout_reasons(args)]
+    reasons = [
+        *_advantage_reasons(args, config),
+        *_segment_reasons(args, config),
+        *_rollout_reasons(args),
+        *_colocate_reasons(args, config),
+    ]
     if reasons:
         raise ConfigError('These options can not be used with trees:\n' + '\n'.join(f'  {r}' for r in reasons))
 
@@ -95,4 +100,26 @@ def _rollout_reasons(args: GRPOConfig) -> Iterator[str]:
         yield (
             '--async_generate true with --eval_on_start true: swift then evaluates on the first training rollout '
             "and trains on the evaluation's. Use --eval_strategy steps without --eval_on_start."
+        )
+
+
+def _colocate_reasons(args: GRPOConfig, config: TreeConfig) -> Iterator[str]:
+    """Options that can not go with trees on the engine in the trainer's process."""
+    if args.tree_scheduler is None:
+        return
+    if args.vllm_tensor_parallel_size > 1:
+        yield (
+            f'--vllm_tensor_parallel_size {args.vllm_tensor_parallel_size} in colocate mode: its ranks must add, step '
+            'and abort the same requests in the same order, and each would grow trees by itself. Use 1, or '
+            '--vllm_mode server, where `swift rollout` takes any.'
+        )
+    if args.completion_length_limit_scope == 'total':
+        yield (
+            '--completion_length_limit_scope total: on trees --max_completion_length limits each turn, and the '
+            "engine's model length all of them. Use per_round, and --vllm_max_model_len for the whole."
+        )
+    if config.budget.policy == 'by_segment_tokens' and args.world_size > 1:
+        yield (
+            f'budget.policy=by_segment_tokens on {args.world_size} ranks in colocate mode: all trees of a batch share '
+            'those tokens, and here they grow on several engines. Use another budget, or --vllm_mode server.'
         )

@@ -23,6 +23,7 @@ from treepo_swift.wire.note import REQUEST_KEY, RequestNote
 from treepo_swift.wire.packing import accept_packed
 from treepo_swift.wire.report import FAILURE_KEY, REPORT_KEY, TreeReport
 
+from .colocate import ColocateMixin
 from .metrics import EvaluationFailures, RolloutRound, tree_metrics
 from .rewards import find_reward_fault, set_missing_gym_rewards, settle_placeholders, spread_over_tokens
 from .rollout import probe_servers, rollout_note
@@ -32,6 +33,10 @@ from .weight_sync import MAX_PROBE_TOKENS, PROBE_TEXT, WeightSyncError, WeightSy
 logger = get_logger()
 
 CONFIG_FILE = 'treepo_config.yaml'
+NO_TREES = (
+    'treepo: nothing grows trees here, so this run is plain GRPO. For trees, start `swift rollout` with the plugin and '
+    '--multi_turn_scheduler treepo; in colocate mode give --multi_turn_scheduler treepo to this command.'
+)
 MIXED_PRECISION = {'fp16': 'float16', 'bf16': 'bfloat16', 'fp8': 'bfloat16'}
 """accelerate's names for the types that a forward pass computes in, where they are not the parameters'."""
 
@@ -45,10 +50,10 @@ def train_on_samples_only(template: Any) -> None:
     template._add_dynamic_eos = lambda *args: None
 
 
-class TreeGRPOTrainer(SharedPrefixMixin, GRPOTrainer):
-    """Trains GRPO on trees: asks the server for them, and the registry for their advantages.
+class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
+    """Trains GRPO on trees: asks the servers for them, or the engine in its process, and the registry for advantages.
 
-    Samples that come without a tree (a server with another scheduler, evaluation) are handled as swift does. With
+    Samples that come without a tree (another scheduler, evaluation) are handled as swift does. With
     trees the tree config's `normalisation` replaces ``--scale_rewards``. An estimator that gives one advantage per
     trajectory leaves it to swift to spread it over tokens (`_postprocess_batch`); for one per segment we do.
     """
@@ -68,21 +73,22 @@ class TreeGRPOTrainer(SharedPrefixMixin, GRPOTrainer):
 
     def prepare_rollout(self) -> None:
         super().prepare_rollout()
-        self.grows_trees = bool(self._broadcast(lambda: self.args.tree_engines))
+        here = self.args.tree_scheduler is not None
+        self.grows_trees = here or bool(self._broadcast(lambda: self.args.tree_engines))
         if not self.grows_trees:
-            logger.warning(
-                'treepo: no rollout server grows trees, so this run is plain GRPO. For trees, start '
-                '`swift rollout` with the plugin and --multi_turn_scheduler treepo.'
-            )
+            logger.warning(NO_TREES)
             return
         if self.template.sequence_parallel_size > 1:
             raise ConfigError('--sequence_parallel_size > 1 is not supported with trees in this version.')
         train_on_samples_only(self.template)
         self.tree_config = self._broadcast(lambda: self.args.tree_config)
+        if here:
+            self._plant_here()
         if self.tree_config.checks.verify_weight_sync:
-            self._sync_proof = WeightSyncProof(self._computing_types())
+            self._sync_proof = WeightSyncProof(self._computing_types(), in_process=here)
         if self.accelerator.is_main_process:
-            accept_packed(self.vllm_client.sessions)
+            if not here:
+                accept_packed(self.vllm_client.sessions)
             self._keep_config()
 
     def _keep_config(self) -> None:
@@ -142,6 +148,7 @@ class TreeGRPOTrainer(SharedPrefixMixin, GRPOTrainer):
             step=self.state.global_step,
             max_steps=self.state.max_steps,
             evaluates=evaluates,
+            packed=self.trees_here is None,
         )
 
     def _server_rollout(self, samples: list[Any], request_config: RequestConfig, is_global_inputs: bool) -> list[Any]:
@@ -182,9 +189,13 @@ class TreeGRPOTrainer(SharedPrefixMixin, GRPOTrainer):
             self._verify_weight_sync(self._sync_proof)
 
     def _verify_weight_sync(self, proof: WeightSyncProof) -> None:
-        """Compare log-probs of the probe text on every server; all ranks take part, and all raise or none."""
+        """Compare log-probs of the probe text on every engine; all ranks take part, and all raise or none."""
         began = time.perf_counter()
         token_ids = self.processing_class.encode(PROBE_TEXT, add_special_tokens=False)[:MAX_PROBE_TOKENS]
+        if self.trees_here is not None:
+            # This engine has its weights, but perhaps no KV cache yet. And this model may be offloaded later.
+            self._to_compare = proof, token_ids, self._score(token_ids)
+            return
         with ThreadPoolExecutor(1) as thread:
             # The servers score while this side does. Only the main process has a client.
             asks = self.accelerator.is_main_process
@@ -205,12 +216,15 @@ class TreeGRPOTrainer(SharedPrefixMixin, GRPOTrainer):
 
         was_proven = proof.proven
         proof = self._sync_proof = self._broadcast(compare)
+        self._note_proof(proof, was_proven, time.perf_counter() - began)
+
+    def _note_proof(self, proof: WeightSyncProof, was_proven: bool, seconds: float) -> None:
         worst = proof.worst
         self._metrics['train']['tree/sync_gap'].append(worst.gap)
-        self._metrics['train']['tree/proof_seconds'].append(time.perf_counter() - began)
+        self._metrics['train']['tree/proof_seconds'].append(seconds)
         if proof.proven and not was_proven:
             logger.info(
-                f'treepo: weight sync is proven: the policy moved by {worst.drift:.4g} nats per token and every server '
+                f'treepo: weight sync is proven: the policy moved by {worst.drift:.4g} nats per token and every engine '
                 f'followed, to {worst.gap:.4g} at the farthest (at the first sync it was {worst.noise:.4g}).'
             )
 

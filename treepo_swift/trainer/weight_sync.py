@@ -1,4 +1,4 @@
-"""Proof that the rollout servers follow the trainer's weights.
+"""Proof that the rollout engines, servers or those in the trainer's processes, follow the trainer's weights.
 
 swift's server answers 200 to a weight sync that failed, and rollouts then come from old or half-old weights: reward
 stays flat and nothing says why. So after every sync both sides score one fixed text, and their log-probs are compared.
@@ -76,7 +76,9 @@ class ServerProof:
     simulated engines are in tests/unit/test_weight_sync.py.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_process: bool = False) -> None:
+        """`in_process`: the "server" is the engine in the trainer's process."""
+        self._name, self._advice = ('engine', _IN_PROCESS) if in_process else ('server', _WHAT_TO_DO)
         self.proven = False
         """Whether the server has followed a movement that noise can not explain."""
         self.gap = self.drift = self.noise = 0.0
@@ -107,10 +109,10 @@ class ServerProof:
         limit = self._limit * (1 + self.drift)
         if not self.gap <= limit:
             raise WeightSyncError(
-                f"{where}: the server does not sample from the trainer's weights. Log-probs of a fixed text differ by "
-                f'{self.gap:.4g} nats per token. At the first sync, when both sides held the same weights, it was '
-                f'{self.noise:.4g}, and {limit:.4g} is allowed now (the policy has moved by {self.drift:.4g} since '
-                f'then). {_WHAT_TO_DO}'
+                f"{where}: the {self._name} does not sample from the trainer's weights. Log-probs of a fixed text "
+                f'differ by {self.gap:.4g} nats per token. At the first sync, when both sides held the same weights, '
+                f'it was {self.noise:.4g}, and {limit:.4g} is allowed now (the policy has moved by {self.drift:.4g} '
+                f'since then). {self._advice}'
             )
         self._follow(trainer, server, where)
 
@@ -118,10 +120,10 @@ class ServerProof:
         precision = PRECISIONS[dtype]
         if not self.gap <= precision.most_noise:
             raise WeightSyncError(
-                f'{where}: the server holds other weights than the trainer already at the first sync. Log-probs of a '
-                f'fixed text differ by {self.gap:.4g} nats per token; two engines of the same weights differ by at '
-                f'most {precision.most_noise:g} in {dtype}, the coarser of their types. Do both sides name the same '
-                f'--model (and adapter)? If so, the first weight sync failed. {_WHAT_TO_DO}'
+                f'{where}: the {self._name} holds other weights than the trainer already at the first sync. Log-probs '
+                f'of a fixed text differ by {self.gap:.4g} nats per token; two engines of the same weights differ by '
+                f'at most {precision.most_noise:g} in {dtype}, the coarser of their types. Do both sides name the same '
+                f'--model (and adapter)? If so, the first weight sync failed. {self._advice}'
             )
         self.noise = self.gap
         self._limit = GAP_FACTOR * max(self.noise, precision.least_noise)
@@ -145,27 +147,28 @@ class ServerProof:
             self._anchor = list(trainer), list(server)
         elif self.share < min(FOLLOWED, 1 - SURE * error):
             raise WeightSyncError(
-                f'{where}: the server has stopped following the trainer. Since the last sync that was proven the '
+                f'{where}: the {self._name} has stopped following the trainer. Since the last sync that was proven the '
                 f"policy's log-probs of a fixed text have moved by {length / math.sqrt(len(trainer)):.4g} nats per "
-                f'token (root mean square), and the server made {self.share:.0%} of that movement; the noise between '
-                f'the two engines is {self._spread:.4g}. {_WHAT_TO_DO}'
+                f'token (root mean square), and the {self._name} made {self.share:.0%} of that movement; the noise '
+                f'between the two engines is {self._spread:.4g}. {self._advice}'
             )
 
 
 class WeightSyncProof:
     """One `ServerProof` for each server, and the worst of them for the log."""
 
-    def __init__(self, trainer_dtypes: Sequence[str]) -> None:
+    def __init__(self, trainer_dtypes: Sequence[str], *, in_process: bool = False) -> None:
         self._trainer_dtypes = list(trainer_dtypes)
+        self._in_process = in_process
         self.servers: dict[str, ServerProof] = {}
 
     def check(
         self, trainer: Sequence[float], server: Sequence[float], *, url: str, dtype: str | None, step: int
-    ) -> None:
-        """Like `ServerProof.check`; `dtype` is the server's, None where it does not tell."""
-        self.servers.setdefault(url, ServerProof()).check(
-            trainer, server, dtype=coarsest([*self._trainer_dtypes, dtype]), where=f'{url}, step {step}'
-        )
+    ) -> ServerProof:
+        """Like `ServerProof.check`, which it gives; `dtype` is the server's, None where it does not tell."""
+        judged = self.servers.setdefault(url, ServerProof(in_process=self._in_process))
+        judged.check(trainer, server, dtype=coarsest([*self._trainer_dtypes, dtype]), where=f'{url}, step {step}')
+        return judged
 
     @property
     def proven(self) -> bool:
@@ -180,6 +183,12 @@ class WeightSyncProof:
 _WHAT_TO_DO = (
     "swift's server answers 200 to a weight sync that failed: look for an exception in the rollout server's log, and "
     'restart it before you train on. TREEPO_CHECKS__VERIFY_WEIGHT_SYNC=false turns this check off.'
+)
+
+_IN_PROCESS = (
+    'swift loads the weights into the engine of this process, and an error would have ended the run: does the engine '
+    'have all parameters and adapters of the model that is trained? TREEPO_CHECKS__VERIFY_WEIGHT_SYNC=false turns this '
+    'check off.'
 )
 
 

@@ -29,6 +29,9 @@ class RequestNote:
     """The trainer's global step: it enters the seed, so that a prompt's next tree forks elsewhere."""
     progress: float = 0.0
     """Share of the training that is done, 0 to 1: scheduled temperatures follow it."""
+    copy: int | None = None
+    """Which of its prompt's trees in the whole batch this one is, 0 for the first, where the batch is dealt out to
+    several engines: it enters the seed. None: counted among the requests that come together."""
     token_ids: list[int] | None = None
     packed: bool = False
     """Whether the trainer takes `PackedOutputs`."""
