@@ -444,6 +444,41 @@ def test_a_server_that_grows_trees_no_more_is_named():
         trainer._verify_weight_sync(trainer._sync_proof)
 
 
+def test_what_is_proven_is_compared_for_a_fiftieth_of_the_time(monkeypatch):
+    """Steps of 3 s, comparisons of 0.3: every one until the proof, then one in five."""
+    from swift.rlhf_trainers import GRPOTrainer
+
+    from treepo_swift.trainer import trainer as trainer_module
+    from treepo_swift.trainer import weight_sync
+
+    now = [0.0]
+    monkeypatch.setattr(weight_sync.time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(trainer_module.time, 'perf_counter', lambda: now[0])
+    monkeypatch.setattr(GRPOTrainer, '_move_model_to_vllm', lambda self: None)
+    servers = ProbedServers()
+    trainer = probed_trainer(servers, 'torch.float32')
+    score = trainer._score
+
+    def slow_score(ids: list[int]) -> list[float]:
+        now[0] += 0.3
+        return score(ids)
+
+    trainer._score = slow_score
+    asked = []
+    for step in range(100):
+        servers.shift = 0.1 * step
+        trainer._move_model_to_vllm()
+        asked.append(servers.asked)
+        now[0] += 3
+    assert asked[:2] == [1, 2] and trainer._sync_proof.proven
+    assert 0.3 * servers.asked <= 0.02 * now[0] + 0.3 and servers.asked >= 20
+    servers.behind = 0.1
+    with pytest.raises(WeightSyncError, match='has stopped following|does not sample from'):
+        for _ in range(8):
+            trainer._move_model_to_vllm()
+            now[0] += 3
+
+
 def test_every_sync_is_compared_on_every_server_and_timed():
     servers = ProbedServers()
     trainer = probed_trainer(servers, 'torch.float32')

@@ -185,7 +185,7 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
     def _move_model_to_vllm(self, *args: Any, **kwargs: Any) -> None:
         super()._move_model_to_vllm(*args, **kwargs)
         # With --async_generate too: swift waits for the rollout in flight before it sends weights.
-        if self._sync_proof is not None:
+        if self._sync_proof is not None and self._broadcast(self._sync_proof.is_due):
             self._verify_weight_sync(self._sync_proof)
 
     def _verify_weight_sync(self, proof: WeightSyncProof) -> None:
@@ -222,6 +222,7 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
         worst = proof.worst
         self._metrics['train']['tree/sync_gap'].append(worst.gap)
         self._metrics['train']['tree/proof_seconds'].append(seconds)
+        proof.took(seconds)
         if proof.proven and not was_proven:
             logger.info(
                 f'treepo: weight sync is proven: the policy moved by {worst.drift:.4g} nats per token and every engine '

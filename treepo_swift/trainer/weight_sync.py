@@ -1,15 +1,17 @@
 """Proof that the rollout engines, servers or those in the trainer's processes, follow the trainer's weights.
 
 swift's server answers 200 to a weight sync that failed, and rollouts then come from old or half-old weights: reward
-stays flat and nothing says why. So after every sync both sides score one fixed text, and their log-probs are compared.
-Two engines never agree to the last bit, and by how much they differ depends on their types and kernels. Nobody has
-to guess that: at the first sync both sides hold the same weights (of a new run as of a resumed one), so the gap
-measured there is the noise of these two engines.
+stays flat and nothing says why. So after a sync both sides score one fixed text, and their log-probs are compared:
+after every sync until one is proven, then after as many as take 2 % of the run's time. Two engines never agree to the
+last bit, and by how much they differ depends on their types and kernels. Nobody has to guess that: at the first sync
+both sides hold the same weights (of a new run as of a resumed one), so the gap measured there is the noise of these
+two engines.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import mul, sub
@@ -19,6 +21,8 @@ PROBE_TEXT = (
     'The answer is \\boxed{49}.'
 )
 MAX_PROBE_TOKENS = 128
+MAX_SHARE = 0.02
+"""Share of a run's time that comparisons may take once a sync has been proven. On long steps every sync is compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +165,16 @@ class WeightSyncProof:
         self._trainer_dtypes = list(trainer_dtypes)
         self._in_process = in_process
         self.servers: dict[str, ServerProof] = {}
+        self._began = time.monotonic()
+        self._seconds = 0.0
+
+    def is_due(self) -> bool:
+        """Whether this sync is compared: always until one is proven, then while it costs little."""
+        return not self.proven or self._seconds <= MAX_SHARE * (time.monotonic() - self._began)
+
+    def took(self, seconds: float) -> None:
+        """Count the time of a comparison."""
+        self._seconds += seconds
 
     def check(
         self, trainer: Sequence[float], server: Sequence[float], *, url: str, dtype: str | None, step: int
