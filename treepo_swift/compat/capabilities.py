@@ -65,6 +65,7 @@ TRAINER_NEEDS = (
     Need(f'{_TRAINER}._server_rollout', '--async_generate'),
     Need(f'{_TRAINER}._engine_infer', '--async_generate'),
     Need(f'{_TRAINER}._prefetch', '--async_generate'),
+    Need(f'{_TRAINER}._infer_single_or_multi_turn', 'trees in colocate mode'),
     Need(f'{_TRAINER}._move_model_to_vllm', 'the proof of weight syncs'),
     Need(f'{_TRAINER}._setup_teacher', '--loss_type real and fipo'),
     Need(f'{_TRAINER}._compute_rewards_per_func', 'rewards of trees'),
