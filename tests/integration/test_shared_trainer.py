@@ -431,7 +431,6 @@ def test_a_step_that_ends_early_loses_no_gradient(monkeypatch):
         (dict(dynamic_num_samples=True), 'other numbers of samples'),
         (dict(optim='lomo'), 'updates weights within the backward'),
         (dict(distributed=DistributedType.DEEPSPEED), 'DEEPSPEED counts the passes'),
-        (dict(distributed=DistributedType.FSDP), 'FSDP counts the passes'),
     ],
 )
 def test_where_nothing_is_joined(changes, reason, lines):

@@ -200,6 +200,8 @@ def patch_adapter_scaling() -> None:
     In colocate mode swift hands over the trainer's own tensors (``--vllm_enable_lora true``). vLLM moves them to the
     CPU and multiplies `lora_b` by the adapter's scaling in place. On an accelerator that is a copy; here it is the
     trainer's parameter, which grows by that factor (``lora_alpha / lora_rank``) at every weight sync.
+
+    Needed with vLLM 0.32.0, in colocate mode; older ones were not tried in it.
     """
 
     def build(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -43,7 +43,7 @@ class TreeGRPOConfig(GRPOConfig):
         self.tree_scheduler: str | None = self._take_tree_scheduler()
         """Name of the scheduler that grows trees on the engine in this process (colocate mode)."""
         if self.tree_scheduler is not None:
-            self._check_colocate(self.tree_config)
+            self._check_colocate()
         self.tree_engines: list[tuple[str, dict[str, Any]]] = []
         """(url, engine info) of every server if they grow trees; known on the main process only."""
         if self.use_vllm and self.vllm_mode == 'server' and is_master():
@@ -110,8 +110,9 @@ class TreeGRPOConfig(GRPOConfig):
         asked = getattr(self, 'vllm_engine_kwargs', None)
         return int(asked.get('block_size') or KV_BLOCK) if isinstance(asked, dict) else KV_BLOCK
 
-    def _check_colocate(self, config: TreeConfig) -> None:
+    def _check_colocate(self) -> None:
         """Raise what trees in this process can not do, and let requests carry what hooks may read."""
+        config = self.tree_config
         config.check_fits(self.max_completion_length, '--max_completion_length')
         if self.vllm_max_model_len is not None:
             config.check_fits(self.vllm_max_model_len, '--vllm_max_model_len')
