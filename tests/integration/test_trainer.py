@@ -471,7 +471,8 @@ def test_what_is_proven_is_compared_for_a_fiftieth_of_the_time(monkeypatch):
         asked.append(servers.asked)
         now[0] += 3
     assert asked[:2] == [1, 2] and trainer._sync_proof.proven
-    assert 0.3 * servers.asked <= 0.02 * now[0] + 0.3 and servers.asked >= 20
+    # What came before the proof does not count.
+    assert 0.3 * (servers.asked - 2) <= 0.02 * now[0] + 0.3 and servers.asked >= 22
     servers.behind = 0.1
     with pytest.raises(WeightSyncError, match='has stopped following|does not sample from'):
         for _ in range(8):

@@ -222,7 +222,8 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
         worst = proof.worst
         self._metrics['train']['tree/sync_gap'].append(worst.gap)
         self._metrics['train']['tree/proof_seconds'].append(seconds)
-        proof.took(seconds)
+        if was_proven:  # the first ones find cold caches, and are made whatever they take
+            proof.took(seconds)
         if proof.proven and not was_proven:
             logger.info(
                 f'treepo: weight sync is proven: the policy moved by {worst.drift:.4g} nats per token and every engine '

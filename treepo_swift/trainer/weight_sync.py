@@ -173,7 +173,7 @@ class WeightSyncProof:
         return not self.proven or self._seconds <= MAX_SHARE * (time.monotonic() - self._began)
 
     def took(self, seconds: float) -> None:
-        """Count the time of a comparison."""
+        """Count the time of a comparison after the proof."""
         self._seconds += seconds
 
     def check(
