@@ -258,6 +258,7 @@ def test_a_loop_that_stands_in_one_place_ends_the_process_and_says_where(loaded,
 
 
 def test_the_trainers_process_is_left_as_it_was():
+    gc.unfreeze()  # what servers of other tests have frozen, and what of it dies meanwhile, would be counted too
     frozen, thresholds = gc.get_freeze_count(), gc.get_threshold()
     threads = set(threading.enumerate())
     engine = SwiftEngine(Llm())
