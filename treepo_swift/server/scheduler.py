@@ -71,7 +71,7 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
         self.config = self._default
         self._engine = VllmSegmentEngine(infer_engine) if segment_engine is None and infer_engine else segment_engine
         self._hooks = HookRunner()
-        self._overridden = overridden_hooks(self, TreeRolloutScheduler)
+        self._overridden = overridden_hooks(type(self), TreeRolloutScheduler)
         self._forecast = Forecast()
         self._warned: set[str] = set()
         """Kinds of warnings that were given."""
@@ -120,7 +120,7 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
     @classmethod
     def has_turns(cls) -> bool:
         """Whether hooks are asked about turns, which may read what the dataset says beside the prompt."""
-        return any(getattr(cls, hook) is not getattr(TreeRolloutScheduler, hook) for hook in TURN_HOOKS)
+        return not overridden_hooks(cls, TreeRolloutScheduler).isdisjoint(TURN_HOOKS)
 
     async def async_infer(
         self,

@@ -8,7 +8,6 @@ import json
 from typing import Any
 
 from swift.infer_engine.protocol import ChatCompletionResponseChoice, RolloutInferRequest, RolloutOutput
-from swift.rollout import MultiTurnScheduler
 
 from treepo_swift.config import TreeConfig
 from treepo_swift.wire.report import REPORT_KEY
@@ -22,10 +21,10 @@ STATE_HOOKS = ('fork_state', 'release_state')
 MEDIA_KEYS = ('images', 'audios', 'videos')
 
 
-def overridden_hooks(user: MultiTurnScheduler, base: type) -> frozenset[str]:
-    """Those hooks about turns and states that a subclass of `base` has of its own."""
+def overridden_hooks(cls: type, base: type) -> frozenset[str]:
+    """Those hooks about turns and states that `cls`, a subclass of `base`, has of its own."""
     names = (*TURN_HOOKS, *STATE_HOOKS)
-    return frozenset(name for name in names if getattr(type(user), name) is not getattr(base, name))
+    return frozenset(name for name in names if getattr(cls, name) is not getattr(base, name))
 
 
 def copy_for(state: str, request: RolloutInferRequest) -> RolloutInferRequest:
