@@ -156,8 +156,9 @@ def test_a_refusal_names_all_that_is_missing_and_who_has_it(engine, monkeypatch)
 def test_the_installed_versions_have_all_that_is_needed():
     pytest.importorskip('vllm')
     pytest.importorskip('swift')
-    require(capabilities.SERVER_NEEDS)
-    require(capabilities.TRAINER_NEEDS)
+    needs = (*capabilities.SERVER_NEEDS, *capabilities.TRAINER_NEEDS)
+    assert {need.path: reason for need in needs if (reason := capabilities.why_missing(need.path))} == {}
+    require(needs)
 
 
 def test_features_of_the_installed_versions():

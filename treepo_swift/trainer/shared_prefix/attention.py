@@ -52,6 +52,8 @@ class Layout:
 
     chains: Sequence[Chain]
     device: torch.device
+    pairs: int
+    """`Trie.pairs`."""
     calls: int = 0
     """How often attention asked; one layer, one call, without recomputation."""
     _buckets: tuple[list[Bucket], torch.Tensor] | None = None
@@ -60,7 +62,7 @@ class Layout:
 
     @classmethod
     def of(cls, trie: Trie, device: torch.device) -> Layout:
-        return cls(trie.chains, device)
+        return cls(trie.chains, device, trie.pairs)
 
     @property
     def longest(self) -> int:
@@ -157,7 +159,7 @@ def attend(
     rows = [tensor[0].transpose(0, 1).to(value.dtype) for tensor in (query, key, value)]
     function: Callable[..., torch.Tensor] = _varlen
     if not can_use_varlen(rows[0], rows[1]):
-        refuse_large_masks(sum(chain.length * len(chain.path) for chain in layout.chains), rows[0].dtype)
+        refuse_large_masks(layout.pairs, rows[0].dtype)
         function = _padded
     return function(*rows, scaling, layout).unsqueeze(0)
 
