@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The rollout server: vLLM grows the trees here. CPU by default; see train_gpu.sh for GPUs.
+# The rollout server: vLLM grows the trees here. For a CPU; ../recipes has the like for GPUs.
 # MODEL, PORT and TREEPO_CONFIG come from run.py; set them yourself to run this by hand (README.md). With an empty
 # SCHEDULER there are no trees: every answer is sampled by itself.
 set -euo pipefail

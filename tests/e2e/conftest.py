@@ -21,6 +21,16 @@ sys.path.insert(0, str(QUICKSTART))
 from services import Service, free_port
 
 
+def servers_at(ports: list[int]) -> list[str]:
+    """Flags of a training that has a server at each of these ports."""
+    hosts, groups = ['127.0.0.1'] * len(ports), [free_port() for _ in ports]
+    return [
+        *('--vllm_server_host', *hosts),
+        *('--vllm_server_port', *map(str, ports)),
+        *('--vllm_server_group_port', *map(str, groups)),
+    ]
+
+
 def run_whole(
     command: list[str], *, timeout: float, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip('vllm')
 
 from tests.e2e import test_options
-from tests.e2e.conftest import QUICKSTART, ROOT, free_port
+from tests.e2e.conftest import QUICKSTART, ROOT, free_port, servers_at
 
 HERE = Path(__file__).parent
 GYM = ROOT / 'examples' / 'gym'
@@ -51,12 +51,17 @@ def batches(path: Path) -> list[list[dict[str, Any]]]:
 
 
 def test_the_same_seed_gives_the_same_trees_in_every_mode(serve, train, model, tmp_path):
-    """Server, one process, two ranks: tokens, nodes and advantages of two steps, with the weights moved in between."""
+    """Tokens, nodes and advantages of two steps, with the weights moved in between."""
     port = serve()
     script = with_plugins(tmp_path, HERE / 'record.py')
     evaluation = f'--val_dataset {model}/heldout.jsonl --eval_strategy steps --eval_steps 1 --num_generations_eval 1'
     modes = {
         'server': (['--per_device_train_batch_size', str(BATCH)], {}),
+        # 5 prompts on 2 servers: swift's client would cut the middle one in halves.
+        'two_servers': (
+            ['--per_device_train_batch_size', str(BATCH), *servers_at([port, serve(TWIN='2')])],
+            {},
+        ),
         'colocate': (
             ['--per_device_train_batch_size', str(BATCH), *evaluation.split(), '--per_device_eval_batch_size', '8'],
             {'COLOCATE': '1'},
@@ -83,7 +88,7 @@ def test_the_same_seed_gives_the_same_trees_in_every_mode(serve, train, model, t
         assert 'weight sync is proven' in said, said[-5000:]
     server = batches(tmp_path / 'server')
     assert [len(batch) for batch in server] == [BATCH, BATCH] and len({r['tree'] for r in server[0]}) == 5
-    for mode in ('colocate', 'two_ranks'):
+    for mode in ('two_servers', 'colocate', 'two_ranks'):
         for step, (there, here) in enumerate(zip(server, batches(tmp_path / mode), strict=True)):
             for expected, row in zip(there, here, strict=True):
                 for key in ('prompt', 'ids', 'mask', 'nodes'):

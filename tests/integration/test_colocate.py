@@ -26,10 +26,10 @@ from tests.integration.colocate_fakes import Llm, Ranks, StreamingLlm, SwiftEngi
 from treepo_swift.config import ConfigError, TreeConfig
 from treepo_swift.server.colocate import ColocateTrees
 from treepo_swift.server.engine import EngineGone
-from treepo_swift.server.grouping import group_requests
 from treepo_swift.server.scheduler import RolloutError, TreeRolloutScheduler
 from treepo_swift.server.watchdog import EXIT_STATUS, RolloutStalled
 from treepo_swift.trainer.rollout import RankRollout, deal_groups, rollout_note
+from treepo_swift.wire.groups import group_requests
 
 CONFIG = flat(segment_length=16, max_depth=4)
 CONFIGS = [

@@ -21,9 +21,9 @@ from tests.integration.test_scheduler import requests, rollout, scheduler, tree_
 from treepo_swift.config import TreeConfig
 from treepo_swift.core.tree import StopReason
 from treepo_swift.server import hooks
-from treepo_swift.server.grouping import group_requests, prompt_key, prompt_text
 from treepo_swift.server.hooks import HookError, HookRunner
 from treepo_swift.server.scheduler import TreeRolloutScheduler
+from treepo_swift.wire.groups import group_requests, prompt_key, prompt_text
 
 
 @pytest.fixture

@@ -447,11 +447,11 @@ def test_segments_that_do_not_fit_the_kv_block_are_warned_of(monkeypatch):
     assert len(messages) == 1 and 'segment_length=24 is not a multiple' in messages[0]
 
 
-def test_a_group_split_between_servers_is_warned_of_once(monkeypatch):
+def test_a_group_that_is_not_whole_is_warned_of_once(monkeypatch):
     messages = []
     monkeypatch.setattr('treepo_swift.server.scheduler.logger.warning', messages.append)
     outputs = rollout(requests('a', 'a', 'b', num_generations=4))
-    assert len(outputs) == 3 and len(messages) == 1 and 'split between servers' in messages[0]
+    assert len(outputs) == 3 and len(messages) == 1 and 'is smaller than --num_generations' in messages[0]
 
 
 @pytest.mark.parametrize(

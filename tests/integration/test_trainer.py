@@ -7,6 +7,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -406,20 +407,20 @@ class ProbedServers:
 
     def __init__(self, dtype: str = 'float32') -> None:
         self.dtype, self.shift, self.behind, self.asked = dtype, 0.0, 0.0, 0
+        self.sessions = [SimpleNamespace(post=partial(self.post, index)) for index in range(2)]
 
     def scores(self, count: int, shift: float) -> list[float]:
         return [-1.0 - 0.1 * (index % 7) - shift for index in range(count)]
 
-    def infer(self, requests: list[Any], config: Any, use_tqdm: bool) -> list[Any]:
-        self.asked += 1
-        count = len(requests[0]['data_dict']['treepo']['token_ids']) - 1
-        shifts = [self.shift, self.shift - self.behind]
-        return [
-            SimpleNamespace(
-                rollout_infos={'treepo': {'engine': {'dtype': self.dtype}, 'logprobs': self.scores(count, shift)}}
-            )
-            for shift in shifts
-        ]
+    def post(self, index: int, url: str, json: dict[str, Any], timeout: float | None) -> Any:
+        self.asked += index == 0
+        (request,) = json['infer_requests']
+        count = len(request['data_dict']['treepo']['token_ids']) - 1
+        logprobs = self.scores(count, self.shift - (self.behind if index else 0))
+        return self.response({'treepo': {'engine': {'dtype': self.dtype}, 'logprobs': logprobs}})
+
+    def response(self, infos: dict[str, Any]) -> Any:
+        return SimpleNamespace(status_code=200, json=lambda: [{'rollout_infos': infos}])
 
 
 def probed_trainer(servers: ProbedServers, trainer_dtype: str) -> Any:
@@ -436,8 +437,8 @@ def probed_trainer(servers: ProbedServers, trainer_dtype: str) -> Any:
 
 def test_a_server_that_grows_trees_no_more_is_named():
     class Restarted(ProbedServers):
-        def infer(self, *args: Any, **kwargs: Any) -> list[Any]:
-            return [*super().infer(*args, **kwargs)[:1], SimpleNamespace(rollout_infos={})]
+        def post(self, index: int, *args: Any, **kwargs: Any) -> Any:
+            return self.response({}) if index else super().post(index, *args, **kwargs)
 
     trainer = probed_trainer(Restarted(), 'torch.float32')
     with pytest.raises(WeightSyncError, match='http://b grew trees when the training started'):
@@ -499,13 +500,13 @@ def test_servers_score_while_the_trainer_does():
     servers = ProbedServers()
     trainer = probed_trainer(servers, 'torch.float32')
     answered = threading.Event()
-    infer, score = servers.infer, trainer._score
+    post, score = servers.sessions[0].post, trainer._score
 
-    def infer_and_tell(*args: Any, **kwargs: Any) -> list[Any]:
+    def post_and_tell(*args: Any, **kwargs: Any) -> Any:
         answered.set()
-        return infer(*args, **kwargs)
+        return post(*args, **kwargs)
 
-    servers.infer = infer_and_tell
+    servers.sessions[0].post = post_and_tell
     trainer._score = lambda ids: score(ids) if answered.wait(60) else pytest.fail('nobody was asked before')
     trainer._verify_weight_sync(trainer._sync_proof)
     assert servers.asked == 1 and trainer._sync_proof.servers
@@ -642,7 +643,7 @@ def test_the_weights_are_proven_unless_told_otherwise(asked, monkeypatch, tmp_pa
         [],
         [],
         args=args,
-        vllm_client=SimpleNamespace(sessions=[]),
+        vllm_client=SimpleNamespace(sessions=[], base_urls=['http://x'], num_servers=1),
         _sync_proof=None,
     )
     monkeypatch.setattr(trainer, '_broadcast', lambda function: function())

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from treepo_swift.core.tree import StopReason, TreeStats
-from treepo_swift.server.grouping import group_requests
 from treepo_swift.trainer.metrics import EvaluationFailures, RolloutRound, tree_metrics
+from treepo_swift.wire.groups import group_requests
 from treepo_swift.wire.note import RequestNote
 from treepo_swift.wire.report import BatchReport, EngineCounters, TreeReport
 

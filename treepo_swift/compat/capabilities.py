@@ -63,7 +63,7 @@ TRAINER_NEEDS = (
     Need(f'{_TRAINER}.prepare_rollout', 'finding servers that grow trees'),
     Need(f'{_TRAINER}.samples2requests', 'sending the tree config'),
     Need(f'{_TRAINER}._server_rollout', '--async_generate'),
-    Need(f'{_TRAINER}._engine_infer', '--async_generate'),
+    Need(f'{_TRAINER}._engine_infer', 'dealing whole prompts out to servers'),
     Need(f'{_TRAINER}._prefetch', '--async_generate'),
     Need(f'{_TRAINER}._infer_single_or_multi_turn', 'trees in colocate mode'),
     Need(f'{_TRAINER}._move_model_to_vllm', 'the proof of weight syncs'),

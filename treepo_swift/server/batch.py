@@ -16,6 +16,7 @@ from treepo_swift.config import TreeConfig
 from treepo_swift.core.messages import Limits
 from treepo_swift.core.policies.stopping import TextChecker
 from treepo_swift.core.search import TreeSearch
+from treepo_swift.wire.groups import Group, group_requests, prompt_key, prompt_text
 from treepo_swift.wire.note import RequestNote
 from treepo_swift.wire.packing import PackedOutputs
 from treepo_swift.wire.report import BatchReport, EngineCounters
@@ -27,7 +28,7 @@ from .conversation import Conversation
 from .engine import Prompt, SegmentEngine
 from .environment import EnvironmentStates
 from .failures import Failures
-from .grouping import SWIFT_PLACEHOLDER, Group, group_requests, prompt_key, prompt_text
+from .grouping import SWIFT_PLACEHOLDER
 from .grower import CpuClock, Services, TreeGrower
 from .hooks import HookError, HookRunner
 from .outputs import OutputWriter, PlainOutputs
@@ -136,13 +137,13 @@ class RolloutBatch:
 
     def _group(self) -> list[Group]:
         keys = [prompt_key(request) for request in self._requests]
-        sizes = [1 if note.mode == 'independent' else note.num_generations for note in self._notes]
+        sizes = [note.group_size for note in self._notes]
         groups = group_requests(keys, sizes)
         if any(sizes[g.members[0]] not in (None, len(g.members)) for g in groups):
             self._server.warn_once(
                 'split groups',
-                "A prompt's requests were split between servers: its tree becomes several smaller ones. "
-                'Make prompts per step a multiple of the number of servers.',
+                "Some of a prompt's requests are missing: its tree is smaller than --num_generations. That is so in "
+                'the last batch of an evaluation; a training stops.',
             )
         return groups
 

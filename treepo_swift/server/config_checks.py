@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from treepo_swift.config import ConfigError, TreeConfig
 from treepo_swift.core.forks import check_policies
 from treepo_swift.core.policies.stopping import TextChecker
+from treepo_swift.wire.groups import Group
 
 from .engine import EngineInfo
-from .grouping import Group
 
 
 def check_config(

@@ -44,8 +44,7 @@ class ColocateMixin(_Trainer):
         with profiling_context(self, 'generate'), self._disable_sp_context():
             self._compare_weights()
             note = self._request_note()
-            size = 1 if note.mode == 'independent' else note.num_generations
-            outputs = ranks.outputs(self.samples2requests(samples), size, self._get_request_config())
+            outputs = ranks.outputs(self.samples2requests(samples), note.group_size, self._get_request_config())
         return self._postprocess_rollout_outputs(samples, outputs)
 
     def _compare_weights(self) -> None:

@@ -1,25 +1,22 @@
-"""What the trainer asks of its rollout engines: whether they grow trees, trajectories, and log-probs after a sync.
+"""What the trainer says with its requests, and in colocate mode how it asks the engines in its own processes.
 
-They are servers, or in colocate mode the engine in this process. Only this module of the trainer knows the server room.
+Only this module of the trainer knows the server room. What it asks of servers is in `servers`.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest, RolloutOutput
-from swift.rlhf_trainers import VLLMInferClient
 from swift.rollout import multi_turns
 
-from treepo_swift.config import ConfigError, TreeConfig
-from treepo_swift.wire.note import REQUEST_KEY, RequestNote
+from treepo_swift.config import TreeConfig
+from treepo_swift.wire.groups import Group, group_requests, request_key, with_copy
+from treepo_swift.wire.note import RequestNote
 
 if TYPE_CHECKING:
     from treepo_swift.server.colocate import ColocateTrees
-    from treepo_swift.server.grouping import Group
 
 T = TypeVar('T')
 
@@ -38,38 +35,6 @@ def rollout_note(
         step=step,
         progress=min(step / max(max_steps, 1), 1.0),
     )
-
-
-# Servers.
-
-
-def probe_servers(
-    client: VLLMInferClient, *, token_ids: list[int] | None = None, config: TreeConfig | None = None
-) -> list[dict[str, Any] | None]:
-    """One probe for each server (the client deals requests out evenly); None where it knows no probes.
-
-    A server scores `token_ids`, and raises where it can not follow `config`.
-    """
-    note = RequestNote(mode='probe', token_ids=token_ids, config=None if config is None else config.to_note()).to_dict()
-    request = RolloutInferRequest(messages=[{'role': 'user', 'content': 'probe'}], data_dict={REQUEST_KEY: note})
-    request_config = asdict(RequestConfig(max_tokens=1, return_details=True))
-    outputs = client.infer([asdict(request)] * client.num_servers, request_config, use_tqdm=False)
-    return [getattr(output, 'rollout_infos', {}).get(REQUEST_KEY) for output in outputs]
-
-
-def find_trees(client: VLLMInferClient) -> list[tuple[str, dict[str, Any]]]:
-    """(url, engine info) of every server; empty where none grows trees."""
-    answers = probe_servers(client)
-    if any(answers) and not all(answers):
-        plain = [url for url, answer in zip(client.base_urls, answers, strict=True) if not answer]
-        raise ConfigError(
-            f'Some rollout servers grow trees and others do not: {", ".join(plain)} '
-            'need --multi_turn_scheduler treepo too.'
-        )
-    return [(url, answer['engine']) for url, answer in zip(client.base_urls, answers, strict=True) if answer]
-
-
-# The engine in this process.
 
 
 def check_scheduler(name: str, config: TreeConfig, *, use_gym_env: bool | None) -> None:
@@ -126,8 +91,6 @@ class RankRollout:
         self, requests: Sequence[RolloutInferRequest], size: int, request_config: RequestConfig
     ) -> list[RolloutOutput]:
         """The outputs of this rank's `requests`, in their order. Groups are of `size` requests."""
-        from treepo_swift.server.grouping import group_requests, request_key
-
         counts = self._gather([len(requests)])
         keys = self._gather([request_key(request) for request in requests])
         groups = group_requests(keys, [size] * len(keys))
@@ -157,10 +120,3 @@ def deal_groups(groups: Sequence[Group], requests: int, ranks: int) -> list[int]
         for position in group.members:
             grown_by[position] = index * ranks // len(groups)
     return grown_by
-
-
-def with_copy(request: RolloutInferRequest, number: int) -> RolloutInferRequest:
-    """A request whose note says which of its prompt's trees in the whole batch it belongs to."""
-    request = copy.copy(request)
-    request.data_dict = {**request.data_dict, REQUEST_KEY: {**request.data_dict[REQUEST_KEY], 'copy': number}}
-    return request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from accelerate.utils import broadcast_object_list, gather, gather_object
 from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest
 from swift.rlhf_trainers import GRPOTrainer
 from swift.rlhf_trainers.rollout_mixin import DataCache
+from swift.rlhf_trainers.utils import profiling_context
 from swift.utils import get_logger
 
 from treepo_swift.advantage import is_segment_level
@@ -24,9 +26,11 @@ from treepo_swift.wire.packing import accept_packed
 from treepo_swift.wire.report import FAILURE_KEY, REPORT_KEY, TreeReport
 
 from .colocate import ColocateMixin
+from .dealing import TreeServers
 from .metrics import EvaluationFailures, RolloutRound, tree_metrics
 from .rewards import find_reward_fault, set_missing_gym_rewards, settle_placeholders, spread_over_tokens
-from .rollout import probe_servers, rollout_note
+from .rollout import rollout_note
+from .servers import keep_alive, probe_servers
 from .shared_prefix.mixin import SharedPrefixMixin
 from .weight_sync import MAX_PROBE_TOKENS, PROBE_TEXT, WeightSyncError, WeightSyncProof
 
@@ -62,6 +66,8 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
         self.tree_config: TreeConfig = kwargs['args'].tree_config
         self.grows_trees = False
         self._sync_proof: WeightSyncProof | None = None
+        self._servers: TreeServers | None = None
+        """On the main process in server mode."""
         self._rounds: list[RolloutRound] = []
         """Since the last advantages; several with ``--dynamic_sample``."""
         self._evaluation_failures = EvaluationFailures()
@@ -88,8 +94,14 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
             self._sync_proof = WeightSyncProof(self._computing_types(), in_process=here)
         if self.accelerator.is_main_process:
             if not here:
-                accept_packed(self.vllm_client.sessions)
+                self._meet_servers()
             self._keep_config()
+
+    def _meet_servers(self) -> None:
+        keep_alive(self.vllm_client.sessions)
+        accept_packed(self.vllm_client.sessions)
+        engines = zip(self.vllm_client.base_urls, self.args.tree_engines, strict=True)
+        self._servers = TreeServers(self.vllm_client, {url: engine.get('ranks', 1) for url, (_, engine) in engines})
 
     def _keep_config(self) -> None:
         config, directory = self.tree_config, Path(self.args.output_dir)
@@ -162,10 +174,21 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
         requests = self.samples2requests(samples)
         if not self.accelerator.is_main_process:
             return []
-        outputs = self._engine_infer(requests, request_config)
-        if len(outputs) != len(requests):
-            raise RuntimeError(f'The tree servers gave {len(outputs)} outputs for {len(requests)} requests.')
-        return outputs
+        return self._engine_infer(requests, request_config)
+
+    def _engine_infer(
+        self,
+        infer_requests: list[RolloutInferRequest],
+        request_config: RequestConfig | None = None,
+        *,
+        use_tqdm: bool | None = False,
+    ) -> list[Any]:
+        """swift's cuts the batch into equal parts, one for each server; whole groups go to ours."""
+        if self._servers is None:
+            return super()._engine_infer(infer_requests, request_config, use_tqdm=use_tqdm)
+        with profiling_context(self, 'generate'), self._disable_sp_context():
+            note = RequestNote.from_dict(infer_requests[0].data_dict[REQUEST_KEY])
+            return self._servers.rollout(infer_requests, note.group_size, request_config)
 
     def _prefetch(self, dataloader: Any) -> None:
         """swift's, for the first rollout of ``--async_generate``: what goes wrong there reaches every rank.
@@ -183,6 +206,8 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
     # Weight sync.
 
     def _move_model_to_vllm(self, *args: Any, **kwargs: Any) -> None:
+        if self.grows_trees and self.trees_here is None:
+            self._broadcast(lambda: self._servers.leave_out_dead())
         super()._move_model_to_vllm(*args, **kwargs)
         # With --async_generate too: swift waits for the rollout in flight before it sends weights.
         if self._sync_proof is not None and self._broadcast(self._sync_proof.is_due):
@@ -277,7 +302,20 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
             return None
         if missing:
             raise RuntimeError(f'{missing} of {len(values)} samples of a batch came without a tree.')
-        return [TreeReport.from_dict(value) for value in values]
+        reports = [TreeReport.from_dict(value) for value in values]
+        if self.model.training:
+            self._check_whole(reports)
+        return reports
+
+    def _check_whole(self, reports: Sequence[TreeReport]) -> None:
+        """Every tree has as many trajectories as asked for; the last batch of an evaluation may have fewer."""
+        for tree, leaves in Counter(report.id for report in reports).items():
+            if leaves != self.num_generations:
+                raise RuntimeError(
+                    f'Tree {tree} came back with {leaves} trajectories instead of --num_generations '
+                    f'{self.num_generations}, and would have a baseline of its own. A step has whole groups; '
+                    'does something before the rollout change or drop single samples of a prompt?'
+                )
 
     def _weigh(self, rewards_per_func: torch.Tensor) -> torch.Tensor:
         return (rewards_per_func * self.reward_weights.unsqueeze(0)).nansum(dim=1)

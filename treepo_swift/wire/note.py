@@ -37,6 +37,11 @@ class RequestNote:
     """Whether the trainer takes `PackedOutputs`."""
     protocol: int = PROTOCOL
 
+    @property
+    def group_size(self) -> int | None:
+        """Requests that grow together; None: all of a prompt's."""
+        return 1 if self.mode == 'independent' else self.num_generations
+
     def to_dict(self) -> dict[str, Any]:
         """Without what is as it is by default: a note goes with every request."""
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

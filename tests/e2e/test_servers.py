@@ -1,0 +1,50 @@
+"""Rollout servers that die in mid-batch, by the real CLI and real vLLM: the training goes on while one lives."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('vllm')
+
+from tests.e2e import test_options
+from tests.e2e.conftest import QUICKSTART, Service, free_port, servers_at
+
+HERE = Path(__file__).parent
+DEATHS = [('worker', 1), ('engine', 2), ('server', 3), ('server', 5)]
+"""Which process of each server dies, and in which of its batches. The last has its batches alone."""
+
+
+def test_servers_that_die_are_left_out_until_none_is_left(environment, train, tmp_path):
+    script = tmp_path / 'rollout.sh'
+    plugin = '"$here/../../plugin/treepo_plugin.py"'
+    text = (QUICKSTART / 'rollout.sh').read_text()
+    assert plugin in text
+    script.write_text(text.replace(plugin, f'{plugin} "{HERE}/dying.py"').replace('$here', str(QUICKSTART)))
+    with ExitStack() as stack:
+        ports, servers = [], []
+        for number, (process, batch) in enumerate(DEATHS):
+            ports.append(free_port())
+            env = {'PORT': str(ports[-1]), 'DIES': process, 'DIES_AT': str(batch), 'OMP_NUM_THREADS': '1'}
+            service = Service(
+                f'server {number}', ['bash', str(script)], log=tmp_path / f'{number}.log', env={**environment, **env}
+            )
+            servers.append(stack.enter_context(service))
+        for server, port in zip(servers, ports, strict=True):
+            server.wait_for_health(port, timeout=300)
+        began = time.monotonic()
+        result = train(ports[0], *servers_at(ports), '--per_device_train_batch_size', '40', steps=9)
+        took = time.monotonic() - began
+    said = result.stdout + result.stderr
+    # Four batches were whole; the fifth found no server any more.
+    assert result.returncode != 0
+    rows = test_options.read_rows(tmp_path / 'train')
+    steps = [(row['tree/trees'], row['tree/failures']) for row in rows if 'tree/trees' in row]
+    assert steps == [(5, 0)] * 4, said[-5000:]
+    for port in ports[:3]:
+        assert f'the rollout server http://127.0.0.1:{port} is dead' in said, said[-8000:]
+    assert f'No rollout server is left. The rollout server http://127.0.0.1:{ports[3]}' in said, said[-5000:]
+    assert took < 200
