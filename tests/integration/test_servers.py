@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +32,7 @@ from treepo_swift.advantage.batch import tree_advantages
 from treepo_swift.compat import api_key
 from treepo_swift.config import TreeConfig
 from treepo_swift.trainer import servers as servers_module
+from treepo_swift.trainer import sync_watch
 from treepo_swift.trainer.dealing import Costs, TreeServers, deal_to_servers
 from treepo_swift.trainer.rollout import rollout_note
 from treepo_swift.trainer.servers import ServerError, ask, death, find_trees, keep_alive, probe_servers
@@ -299,7 +302,8 @@ def test_a_server_that_does_not_answer_counts_as_dead(monkeypatch):
         client: Any = SimpleNamespace(
             base_urls=[f'http://127.0.0.1:{listener.getsockname()[1]}'], sessions=[Session()], num_servers=1
         )
-        assert 'Timeout' in str(death(client, 0))
+        cause = death(client, 0)
+        assert cause is not None and cause.silent and 'has not answered for 0.2 s' in str(cause)
 
 
 def test_connections_are_kept_alive():
@@ -309,6 +313,60 @@ def test_connections_are_kept_alive():
         connection = pools[next(iter(pools.keys()))].pool.get()
         assert connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         assert connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 20
+
+
+# Weight syncs.
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sync_watch, 'QUIET_SECONDS', 0.2)
+    monkeypatch.setattr(sync_watch, 'LIMIT_SECONDS', 2.0)
+
+
+def test_a_sync_that_waits_for_a_dead_worker_ends_the_process(impatient):
+    with fleet(2) as (client, running):
+        ended: Queue[str] = Queue()
+        with sync_watch.SyncWatch(client, ended.put):
+            client.sessions[1].get(f'{running[1].url}/health/')
+            running[1].worker.dead = True
+            message = ended.get(timeout=20)  # where a broadcast would stand
+        assert f'The rollout server {running[1].url} failed (500)' in message and running[0].url not in message
+
+
+def test_a_slow_sync_of_living_servers_goes_on_and_one_that_stands_still_ends(impatient):
+    with fleet(1) as (client, running):
+        ended: Queue[str] = Queue()
+        with sync_watch.SyncWatch(client, ended.put):
+            for _ in range(15):  # longer than the limit, with a sign of life now and then
+                time.sleep(0.2)
+                client.sessions[0].get(f'{running[0].url}/health/')
+            assert ended.empty()
+        with sync_watch.SyncWatch(client, ended.put):
+            assert f'stood still for 2 s. The rollout servers: {running[0].url}' in ended.get(timeout=20)
+
+
+def test_a_busy_server_is_not_a_dead_one(impatient, monkeypatch):
+    silent = ServerError('has not answered')
+    silent.silent = True
+    monkeypatch.setattr(sync_watch, 'death', lambda *args: silent)
+    with fleet(1) as (client, _):
+        ended: Queue[str] = Queue()
+        with sync_watch.SyncWatch(client, ended.put):
+            time.sleep(1)
+        assert ended.empty()
+
+
+def test_a_sync_that_fails_because_a_server_died_names_it():
+    with fleet(2) as (client, running):
+        with pytest.raises(ServerError, match=f'The weights could not be sent. .*{running[0].url} failed') as caught:
+            with sync_watch.SyncWatch(client):
+                running[0].worker.dead = True
+                raise RuntimeError('Multiple errors: [...]')
+        assert 'Multiple errors' in str(caught.value.__cause__)
+        running[0].worker.dead = False
+        with pytest.raises(RuntimeError, match='of the trainer itself'), sync_watch.SyncWatch(client):
+            raise RuntimeError('of the trainer itself')
 
 
 # How groups are dealt out.

@@ -432,6 +432,7 @@ def probed_trainer(servers: ProbedServers, trainer_dtype: str) -> Any:
     trainer, _ = build_trainer([], [], vllm_client=servers, _sync_proof=WeightSyncProof([trainer_dtype]))
     trainer.processing_class = SimpleNamespace(encode=lambda text, add_special_tokens: list(range(64)))
     trainer._score = lambda ids: servers.scores(len(ids) - 1, servers.shift)
+    trainer._servers, trainer.async_generate = SimpleNamespace(leave_out_dead=lambda: None), False
     return trainer
 
 

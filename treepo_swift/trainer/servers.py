@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from requests import Response, Session
 from requests.adapters import HTTPAdapter
-from requests.exceptions import JSONDecodeError, RequestException
+from requests.exceptions import JSONDecodeError, ReadTimeout, RequestException
 from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest, RolloutOutput
 from swift.rlhf_trainers import VLLMInferClient
 
@@ -28,6 +28,9 @@ MAX_SHOWN = 1000
 
 class ServerError(RuntimeError):
     """A rollout server did not give what it was asked for; the message names it, and says what it answered."""
+
+    silent = False
+    """Whether it just did not answer in time: it may be busy."""
 
 
 class KeepAlive(HTTPAdapter):
@@ -85,6 +88,10 @@ def _post(
         items = response.json()
     except JSONDecodeError as e:
         raise ServerError(f'The answer of the rollout server {url} is cut off, or no JSON: {e}') from None
+    except ReadTimeout:
+        error = ServerError(f'The rollout server {url} has not answered for {timeout:g} s.')
+        error.silent = True
+        raise error from None
     except RequestException as e:
         raise ServerError(
             f'The rollout server {url} can not be reached, or went away ({type(e).__name__}: {e}).'

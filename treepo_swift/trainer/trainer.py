@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from .rewards import find_reward_fault, set_missing_gym_rewards, settle_placehol
 from .rollout import rollout_note
 from .servers import keep_alive, probe_servers
 from .shared_prefix.mixin import SharedPrefixMixin
+from .sync_watch import SyncWatch
 from .weight_sync import MAX_PROBE_TOKENS, PROBE_TEXT, WeightSyncError, WeightSyncProof
 
 logger = get_logger()
@@ -62,12 +64,14 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
     trajectory leaves it to swift to spread it over tokens (`_postprocess_batch`); for one per segment we do.
     """
 
+    _servers: TreeServers | None = None
+    _sync_watch: SyncWatch | None = None
+    """Both on the main process in server mode only."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.tree_config: TreeConfig = kwargs['args'].tree_config
         self.grows_trees = False
         self._sync_proof: WeightSyncProof | None = None
-        self._servers: TreeServers | None = None
-        """On the main process in server mode."""
         self._rounds: list[RolloutRound] = []
         """Since the last advantages; several with ``--dynamic_sample``."""
         self._evaluation_failures = EvaluationFailures()
@@ -100,6 +104,7 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
     def _meet_servers(self) -> None:
         keep_alive(self.vllm_client.sessions)
         accept_packed(self.vllm_client.sessions)
+        self._sync_watch = SyncWatch(self.vllm_client)
         engines = zip(self.vllm_client.base_urls, self.args.tree_engines, strict=True)
         self._servers = TreeServers(self.vllm_client, {url: engine.get('ranks', 1) for url, (_, engine) in engines})
 
@@ -206,9 +211,11 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
     # Weight sync.
 
     def _move_model_to_vllm(self, *args: Any, **kwargs: Any) -> None:
-        if self.grows_trees and self.trees_here is None:
+        if self.grows_trees and self.trees_here is None and not self.async_generate:
+            # With --async_generate a batch may be under way there, and nobody would answer before it is done.
             self._broadcast(lambda: self._servers.leave_out_dead())
-        super()._move_model_to_vllm(*args, **kwargs)
+        with self._sync_watch or nullcontext():
+            super()._move_model_to_vllm(*args, **kwargs)
         # With --async_generate too: swift waits for the rollout in flight before it sends weights.
         if self._sync_proof is not None and self._broadcast(self._sync_proof.is_due):
             self._verify_weight_sync(self._sync_proof)
