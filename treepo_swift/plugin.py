@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 
-from treepo_swift.compat import api_key, capabilities, cpu, versions
+from treepo_swift.compat import capabilities, cpu, versions
 from treepo_swift.config import TreeConfig
 
 SCHEDULERS = {
@@ -34,7 +34,6 @@ def register() -> None:
     cpu.apply()
     capabilities.require(capabilities.SERVER_NEEDS)
     _warn_of_versions()
-    api_key.send_api_key()
     from swift.rollout import multi_turns
     from swift.trainers.trainer_factory import TrainerFactory
 

@@ -1,4 +1,4 @@
-"""An external plugin for tests: this server dies in the middle of batch number DIES_AT; DIES says which process.
+"""An external plugin for tests: this server dies in the middle of the rollout of step DIES_AT; DIES says which process.
 
 `worker`: swift's worker process; `engine`: vLLM's engine core below it; `server`: all of them.
 """
@@ -12,7 +12,6 @@ import psutil
 from treepo_swift.server.scheduler import TreeRolloutScheduler
 
 rollout = TreeRolloutScheduler.rollout
-batches = 0
 
 
 def die():
@@ -26,14 +25,12 @@ def die():
 
 
 async def rollout_and_die(self, infer_requests, *args, **kwargs):
-    global batches
     growing = asyncio.ensure_future(rollout(self, infer_requests, *args, **kwargs))
-    if infer_requests[0]['data_dict']['treepo']['mode'] == 'tree':
-        batches += 1
-        if batches == int(os.environ['DIES_AT']):
-            await asyncio.sleep(0.2)
-            assert not growing.done()
-            die()
+    note = infer_requests[0]['data_dict']['treepo']
+    if note['mode'] == 'tree' and note.get('step', 0) == int(os.environ['DIES_AT']):
+        await asyncio.sleep(0.2)
+        assert not growing.done()
+        die()
     return await growing
 
 

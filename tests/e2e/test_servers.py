@@ -14,8 +14,8 @@ from tests.e2e import test_options
 from tests.e2e.conftest import QUICKSTART, Service, free_port, servers_at
 
 HERE = Path(__file__).parent
-DEATHS = [('worker', 1), ('engine', 2), ('server', 3), ('server', 5)]
-"""Which process of each server dies, and in which of its batches. The last has its batches alone."""
+DEATHS = [('worker', 0), ('engine', 1), ('server', 2), ('server', 4)]
+"""Which process of each server dies, and in the rollout of which step. The last is alone by then."""
 
 
 def test_servers_that_die_are_left_out_until_none_is_left(environment, train, tmp_path):

@@ -15,10 +15,11 @@ pytest.importorskip('vllm')
 from swift.infer_engine.protocol import RequestConfig
 from vllm.logprobs import FlatLogprobs, Logprob
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from treepo_swift.compat.capabilities import VllmFeatures, vllm_features
 from treepo_swift.core.tree import StopReason
-from treepo_swift.server.engine import EngineError, Placement, Prompt
+from treepo_swift.server.engine import EngineError, EngineGone, Placement, Prompt
 from treepo_swift.server.vllm_engine import VllmSegmentEngine
 
 
@@ -41,7 +42,14 @@ class Vllm:
     log_stats = False
 
     def __init__(
-        self, has: VllmFeatures, *, ranks: int, policy: str, length: int = 10**6, gone_after: int = 10**6
+        self,
+        has: VllmFeatures,
+        *,
+        ranks: int,
+        policy: str,
+        length: int = 10**6,
+        gone_after: int = 10**6,
+        dies_after: int = 10**6,
     ) -> None:
         self.has = has
         self.output_processor = SimpleNamespace(stream_interval=1)
@@ -51,7 +59,7 @@ class Vllm:
             parallel_config=SimpleNamespace(data_parallel_size=ranks),
             scheduler_config=SimpleNamespace(policy=policy, stream_interval=1),
         )
-        self.length, self.gone_after = length, gone_after
+        self.length, self.gone_after, self.dies_after = length, gone_after, dies_after
         self.asked: list[tuple] = []
         self.closed = self.chunks = 0
 
@@ -69,6 +77,8 @@ class Vllm:
             ends = [*range(1, total, self.interval(sampling)), total]
         try:
             for begin, end in zip([0, *ends], ends):
+                if end > self.dies_after:
+                    raise EngineDeadError()
                 if end > self.gone_after:
                     return
                 tokens = list(range(100 + begin, 100 + end))
@@ -246,3 +256,11 @@ def test_entropies_count_each_outcome_once(flat):
 def test_a_request_that_breaks_off_is_an_error():
     with pytest.raises(EngineError, match='without an output'):
         sample(engine(gone_after=40), 96, 32)
+
+
+def test_a_dead_engine_core_ends_the_batch_and_not_one_path():
+    target = engine(dies_after=40)
+    with pytest.raises(EngineGone, match="vLLM's engine core has died.*Start the rollout server again"):
+        sample(target, 64, 16)
+    with pytest.raises(EngineGone, match='has died'):
+        asyncio.run(engine(dies_after=0).score([1, 2]))

@@ -13,8 +13,6 @@ from .errors import SELECTORS, ConfigError
 ENV_PREFIX = 'TREEPO_'
 CONFIG_ENV = 'TREEPO_CONFIG'
 """Path of a YAML file with `TreeConfig` keys."""
-NO_SETTINGS = {CONFIG_ENV, 'TREEPO_API_KEY'}
-"""Variables with our prefix that set no key of the config."""
 SEPARATOR = '__'
 """Between the names of a section and its key in the environment."""
 
@@ -36,7 +34,7 @@ def read_sources(environ: Mapping[str, str]) -> Iterator[tuple[str, dict[str, An
     if path:
         yield f'{path} (named by {CONFIG_ENV})', _read_yaml(path)
     for name, text in sorted(environ.items()):
-        if name.startswith(ENV_PREFIX) and name not in NO_SETTINGS:
+        if name.startswith(ENV_PREFIX) and name != CONFIG_ENV:
             value = _parse(name, text)
             for key in reversed(name[len(ENV_PREFIX) :].lower().split(SEPARATOR)):
                 value = {key: value}

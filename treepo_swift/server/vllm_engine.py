@@ -11,9 +11,9 @@ import collections
 import copy
 import math
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from treepo_swift.core.messages import Segment
 from treepo_swift.core.tree import StopReason
 from treepo_swift.wire.report import EngineCounters
 
-from .engine import EngineError, EngineInfo, Placement, Prompt, check_request_config
+from .engine import EngineError, EngineGone, EngineInfo, Placement, Prompt, check_request_config
 
 if TYPE_CHECKING:
     from swift.infer_engine import GRPOVllmEngine
@@ -168,21 +168,23 @@ class VllmSegmentEngine:
             sampling.output_kind = RequestOutputKind.DELTA
             self._stream_by(segment_tokens, sampling)
         buffer, cached, finished, sampled = SegmentBuffer(segment_tokens), None, False, 0
-        async with aclosing(self._request(prompt, response_ids, sampling, self._lora, placement)) as outputs:
-            async for output in outputs:
-                completion, finished = output.outputs[0], output.finished
-                buffer.add(*self._sampled(completion))
-                sampled += len(completion.token_ids)
-                cached = (output.num_cached_tokens or 0) if cached is None else cached
-                while buffer.full(finished=finished):
-                    yield buffer.take(cached_tokens=cached)
-                    cached = 0
-                if finished:
-                    stop = self._stop_reason(completion.finish_reason, completion.stop_reason)
-                    if stop is None and sampled < max_tokens:
-                        # Images are more tokens in the engine than in its input.
-                        stop = StopReason.CONTEXT_LIMIT
-                    yield buffer.take(cached_tokens=cached, stop=stop)
+        request = self._request(prompt, response_ids, sampling, self._lora, placement)
+        with _told_of_death():
+            async with aclosing(request) as outputs:
+                async for output in outputs:
+                    completion, finished = output.outputs[0], output.finished
+                    buffer.add(*self._sampled(completion))
+                    sampled += len(completion.token_ids)
+                    cached = (output.num_cached_tokens or 0) if cached is None else cached
+                    while buffer.full(finished=finished):
+                        yield buffer.take(cached_tokens=cached)
+                        cached = 0
+                    if finished:
+                        stop = self._stop_reason(completion.finish_reason, completion.stop_reason)
+                        if stop is None and sampled < max_tokens:
+                            # Images are more tokens in the engine than in its input.
+                            stop = StopReason.CONTEXT_LIMIT
+                        yield buffer.take(cached_tokens=cached, stop=stop)
         if not finished:
             raise EngineError('the engine ended a request without an output')
 
@@ -217,8 +219,9 @@ class VllmSegmentEngine:
 
         lora = await self._engine._get_grpo_lora_request_async()
         sampling = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0)
-        async with aclosing(self._request(Prompt(token_ids, {}), [], sampling, lora, Placement())) as outputs:
-            steps = [output.prompt_logprobs async for output in outputs][-1][1:]
+        with _told_of_death():
+            async with aclosing(self._request(Prompt(token_ids, {}), [], sampling, lora, Placement())) as outputs:
+                steps = [output.prompt_logprobs async for output in outputs][-1][1:]
         return [float(step[token].logprob) for step, token in zip(steps, token_ids[1:], strict=True)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -289,3 +292,17 @@ class VllmSegmentEngine:
             asked = stop_reason in self._stop_ids or stop_reason in self.stop_strings
             return StopReason.STOP_STRING if asked else StopReason.EOS
         raise EngineError(f'the engine ended a request with finish_reason={finish_reason!r}')
+
+
+@contextmanager
+def _told_of_death() -> Iterator[None]:
+    """Once vLLM's engine core is dead, every request raises at once: that is no failure of one path."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as e:
+        raise EngineGone(
+            "vLLM's engine core has died, and the server grows nothing any more. Its log says why (killed, out of "
+            'memory, a CUDA error). Start the rollout server again.'
+        ) from e

@@ -10,7 +10,6 @@ from swift.rollout import multi_turns
 from swift.utils import get_logger, is_master
 
 from treepo_swift.advantage import check_estimator
-from treepo_swift.compat.api_key import add_api_key
 from treepo_swift.compat.capabilities import TRAINER_NEEDS, require, swift_features
 from treepo_swift.config import KV_BLOCK, ConfigError, TreeConfig
 
@@ -55,7 +54,6 @@ class TreeGRPOConfig(GRPOConfig):
                 server_ports=self.vllm_server_port,
                 connection_timeout=self.vllm_server_timeout,
             )
-            add_api_key(client.sessions)
             self.tree_engines = find_trees(client)
             if self.tree_engines:
                 self._meet_servers(client)

@@ -114,8 +114,8 @@ def _unreadable(url: str, error: Exception) -> ServerError:
 def _refusal(url: str, response: Response) -> str:
     if response.status_code in (401, 403):
         return (
-            f'The rollout server {url} wants an API key (it answered {response.status_code}): set TREEPO_API_KEY for '
-            'the training to what `swift rollout --api_key` has there.'
+            f'The rollout server {url} wants an API key (it answered {response.status_code}), and the client of swift '
+            'rlhf sends none. Start `swift rollout` without --api_key, where nobody else reaches it.'
         )
     try:
         detail = str(response.json()['detail'])

@@ -14,7 +14,6 @@ serve() {
         --vllm_use_async_engine true \
         --vllm_data_parallel_size 4 \
         --vllm_max_model_len 9216 \
-        ${API_KEY:+--api_key "$API_KEY"} \
         --host "${HOST:?address of this node in the closed network}" \
         --port "$2"
 }

@@ -7,7 +7,6 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export TREEPO_CONFIG=${TREEPO_CONFIG:-$here/tree.yaml}
-export TREEPO_API_KEY=${API_KEY:-}  # what rollout.sh has
 
 hosts=() ports=()
 for node in ${ROLLOUT_NODES:?addresses of the nodes where rollout.sh runs}; do
