@@ -6,6 +6,10 @@ import os
 
 from hypothesis import HealthCheck, settings
 
+from treepo_swift.compat.quiet_exit import quiet_exit
+
+quiet_exit()  # the verdict is the last thing to see
+
 # A busy machine is no defect: no example has a deadline, and slow drawing of examples is no failure.
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile('local', PATIENT)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from treepo_swift.compat.quiet_exit import quiet_exit
+
 from . import bench, config, doctor, plugin, simulate
 
 COMMANDS = {'doctor': doctor, 'plugin': plugin, 'config': config, 'bench': bench, 'simulate': simulate}
@@ -12,6 +14,7 @@ COMMANDS = {'doctor': doctor, 'plugin': plugin, 'config': config, 'bench': bench
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; its exit status is 0 where all is well."""
+    quiet_exit()
     parser = argparse.ArgumentParser(prog='treepo-swift', description='Tree rollouts for GRPO with ms-swift.')
     commands = parser.add_subparsers(dest='command', required=True)
     for name, module in COMMANDS.items():

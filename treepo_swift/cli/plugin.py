@@ -1,29 +1,29 @@
-"""Print the path of a plugin file for --external_plugins, writing it first where the package came without one."""
+"""Print the path of the plugin file for --external_plugins; with --write, of a copy to add your own classes to."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-SOURCE = Path(__file__).parents[2] / 'plugin' / 'treepo_plugin.py'
-CONTENT = 'from treepo_swift.plugin import register\n\nregister()\n'
+FILE = Path(__file__).parents[1] / 'plugin_file' / 'treepo_plugin.py'
+"""In a folder of its own: swift puts a plugin's folder into Python's path."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--write', type=Path, metavar='FILE', help='write a plugin file here and print its path')
+    parser.add_argument('--write', type=Path, metavar='FILE', help='copy the plugin file here and print that path')
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.write is None and SOURCE.is_file():
-        print(SOURCE)
+    if args.write is None:
+        print(FILE)
         return 0
-    target = (args.write or Path('treepo_plugin.py')).resolve()
+    target, content = args.write.resolve(), FILE.read_text()
     if target.stem in ('treepo_swift', 'plugin'):
         print(f'{target.name}: this name would hide a package of the same name from Python; try treepo_plugin.py.')
         return 1
-    if target.exists() and target.read_text() != CONTENT:
+    if target.exists() and target.read_text() != content:
         print(f'{target} exists and holds something else; nothing was written.')
         return 1
-    target.write_text(CONTENT)
+    target.write_text(content)
     print(target)
     return 0
