@@ -1,100 +1,54 @@
-"""Say whether this environment can grow and train on trees, and what to mend."""
+"""Say whether this environment, or a command you are about to start, can grow and train on trees, and what to mend."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
-from collections.abc import Callable
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from treepo_swift.compat import capabilities, versions
-from treepo_swift.config import TreeConfig
+if TYPE_CHECKING:
+    from treepo_swift.lab.doctor.finding import Finding
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
+    parser.add_argument('--json', action='store_true', help='print the findings as JSON')
+    parser.add_argument(
+        'started',
+        nargs=argparse.REMAINDER,
+        metavar='-- COMMAND',
+        help='look at this command too: -- swift rollout ..., or -- swift rlhf ...',
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    checks: list[tuple[str, Callable[[], str]]] = [
-        ('python', lambda: sys.version.split()[0]),
-        ('ms-swift', lambda: _installed('ms-swift')),
-        ('vllm', lambda: _installed('vllm')),
-        ('pair', _pair),
-        ('accelerator', _accelerator),
-        ('torchvision', _no_foreign_torchvision),
-        ('plugin', _plugin),
-        ('trainer', _trainer),
-        ('vllm has', _features),
-        ('tree config', lambda: f'{TreeConfig.load().max_response_tokens} tokens at most on a path'),
+    from treepo_swift.lab.doctor import machine, packages
+    from treepo_swift.lab.doctor.command import check_command
+    from treepo_swift.lab.doctor.finding import run_checks
+
+    command = [part for index, part in enumerate(args.started) if index or part != '--']
+    checks = [
+        *packages.checks(),
+        ('memory', machine.memory),
+        ('shared memory', machine.shared_memory),
+        ('disk', lambda: machine.disk(Path())),
     ]
-    healthy = True
-    for name, check in checks:
-        try:
-            print(f'ok    {name:12} {check()}')
-        except Exception as e:
-            healthy = False
-            print(f'FAIL  {name:12} {type(e).__name__}: {e}')
-    return 0 if healthy else 1
+    checks.append(('command', lambda: check_command(command)) if command else ('tree config', _config))
+    findings = []
+    for finding in run_checks(checks):
+        findings.append(finding)
+        if not args.json:
+            print(finding, flush=True)
+    if args.json:
+        print(json.dumps([finding.to_dict() for finding in findings], indent=2))
+    return 1 if any(finding.status == 'FAIL' for finding in findings) else 0
 
 
-def _installed(package: str) -> str:
-    versions.check(package)
-    return str(versions.installed_version(package))
+def _config() -> Finding:
+    from treepo_swift.config import ConfigError, TreeConfig
+    from treepo_swift.lab.doctor.finding import fail, ok
 
-
-def _pair() -> str:
-    return versions.untested() or 'tested with this release'
-
-
-def _accelerator() -> str:
-    from treepo_swift.compat.cpu import is_cpu_only
-
-    if is_cpu_only():
-        return 'none: treepo_swift.compat.cpu lets the whole loop run on the CPU'
-    import torch
-
-    return f'{torch.accelerator.device_count()} x {torch.accelerator.current_accelerator()}'
-
-
-def _no_foreign_torchvision() -> str:
-    from treepo_swift.compat.cpu import is_cpu_only
-
-    if not is_cpu_only() or importlib.util.find_spec('torchvision') is None:
-        return 'fine'
     try:
-        import torchvision  # noqa: F401
-    except Exception as e:
-        raise RuntimeError(
-            f'does not load ({e}) and breaks transformers with it: `pip uninstall torchvision torchaudio torchcodec`'
-        ) from None
-    return 'fine'
-
-
-def _plugin() -> str:
-    from treepo_swift.plugin import SCHEDULERS, register
-
-    register()
-    return f'registers the schedulers {", ".join(SCHEDULERS)} and the trainer for --rlhf_type grpo'
-
-
-def _trainer() -> str:
-    capabilities.require(capabilities.TRAINER_NEEDS)
-    return 'ms-swift has all that TreeGRPOTrainer overrides'
-
-
-def _features() -> str:
-    vllm = capabilities.vllm_features()
-    chunks = {
-        'request': 'chunks of a segment by request',
-        'engine': 'chunks of a segment by engine',
-        'none': 'a chunk for every token, which costs processor time',
-    }
-    named = {
-        'flat log-probs': vllm.flat_logprobs,
-        'requests without copies': vllm.skip_clone,
-        'token inputs': vllm.token_inputs,
-        'counters': vllm.metrics,
-    }
-    lacks = [name for name, there in named.items() if not there]
-    return chunks[vllm.stream_interval] + (f'; lacks {", ".join(lacks)}' if lacks else ', and all else that is used')
+        return ok('tree config', f'{TreeConfig.load().max_response_tokens} tokens at most on a path')
+    except ConfigError as e:
+        return fail('tree config', str(e), 'mend it there; `treepo-swift config --reference` lists the keys')

@@ -1,0 +1,1 @@
+"""What is wrong with this machine, this environment, or the command that somebody is about to start."""
