@@ -73,6 +73,7 @@ def tree_metrics(rounds: Sequence[RolloutRound]) -> dict[str, float]:
         'tree/depth': sum(report.depth for report in reports) / len(reports),
         **{f'tree/stop/{reason.value}': stops[reason] / len(reports) for reason in StopReason},
         **_flatness(reports, rewards),
+        **_contrast(reports, rewards),
         **_server_metrics(rounds),
     }
     return {key: float(value) for key, value in metrics.items()}
@@ -114,3 +115,24 @@ def _flatness(reports: Sequence[TreeReport], rewards: Sequence[float]) -> dict[s
         'tree/flat_trees': share([k for k in groups if len(k) == 1]),
         'tree/flat_subgroups': share([k for k in groups if len(k) == 2 and len(groups[k]) > 1]),
     }
+
+
+def _contrast(reports: Sequence[TreeReport], rewards: Sequence[float]) -> dict[str, float]:
+    """Share of the rewards' variance that lies between the first branches of a tree, on average over trees that have
+    any. Nothing where all trees are flat."""
+    trees: dict[str, dict[int, list[float]]] = {}
+    for report, reward in zip(reports, rewards, strict=True):
+        if not report.is_placeholder and report.nodes:
+            trees.setdefault(report.id, {}).setdefault(report.nodes[0], []).append(reward)
+    shares = [share for branches in trees.values() if (share := _between(list(branches.values()))) is not None]
+    return {'tree/contrast': sum(shares) / len(shares)} if shares else {}
+
+
+def _between(groups: Sequence[Sequence[float]]) -> float | None:
+    """Variance of the groups' means, weighted by size, over the variance of all; None where all are alike."""
+    values = [value for group in groups for value in group]
+    if min(values) == max(values):
+        return None
+    mean = sum(values) / len(values)
+    total = sum((value - mean) ** 2 for value in values)
+    return sum(len(group) * (sum(group) / len(group) - mean) ** 2 for group in groups) / total
