@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,3 +73,20 @@ def test_nothing_is_printed_after_a_commands_result(tmp_path):
         [sys.executable, '-c', f'{code}\nraise ValueError("seen")'], capture_output=True, text=True, cwd=ROOT
     )
     assert failed.returncode == 1 and 'ValueError: seen' in failed.stderr and 'leaked' not in failed.stderr
+
+
+def test_dockerfiles_are_well_made_and_copy_what_is_there(tmp_path):
+    files = sorted((ROOT / 'docker').glob('*.Dockerfile'))
+    assert [file.name for file in files] == ['cpu.Dockerfile', 'cuda.Dockerfile']
+    linter = shutil.which('hadolint', path=str(Path(sys.executable).parent)) or pytest.skip('hadolint is not installed')
+    run(linter, *files, cwd=tmp_path)
+    for file in files:
+        text = file.read_text()
+        for line in re.findall(r'^COPY (.+)$', text, re.MULTILINE):
+            assert all((ROOT / source).exists() for source in line.split()[:-1]), line
+        for script in re.findall(r'bash ([\w/]+\.sh)|"bash", "([\w/]+\.sh)"', text):
+            assert (ROOT / (script[0] or script[1])).is_file()
+    # The pair is the one that is tested.
+    cuda = files[1].read_text()
+    pair = re.search(r'^pair=(\S+)x(\S+)$', (ROOT / 'scripts' / 'cpu_env.sh').read_text(), re.MULTILINE)
+    assert f'ARG VLLM=v{pair[1]}\n' in cuda and f'ARG SWIFT={pair[2]}\n' in cuda

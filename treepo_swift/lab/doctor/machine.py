@@ -42,7 +42,7 @@ def shared_memory() -> Finding:
         return ok('shared memory', 'no /dev/shm here')
     free = shutil.disk_usage(folder).free
     if free < LITTLE_SHM:
-        return fail(
+        return warn(
             'shared memory',
             f'{free / 2**20:.0f} MiB free in /dev/shm, through which vLLM and torch pass data',
             'start the container with --ipc=host or --shm-size=16g',
