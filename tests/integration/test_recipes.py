@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -158,3 +159,33 @@ def test_the_readme_lists_every_recipe_with_its_batch(tmp_path):
             answers = args.global_batch_size * args.steps_per_generation
         assert f'| {answers // args.num_generations} x {args.num_generations}' in row, (folder.name, answers)
         assert f'| {args.max_completion_length:,} |' in row
+
+
+def test_rules_of_ones_own_grow_and_value_a_tree(tmp_path):
+    """In a process of its own, which registers them."""
+    code = (
+        'import runpy\n'
+        "runpy.run_path('examples/own_rules/own_rules.py')\n"
+        'from swift.rollout import multi_turns\n'
+        'from tests.integration.test_scheduler import requests, rollout\n'
+        'from treepo_swift.advantage.batch import tree_advantages\n'
+        'from treepo_swift.config import TreeConfig\n'
+        'from treepo_swift.wire.report import TreeReport\n'
+        'assert "treepo" in multi_turns\n'
+        'config = TreeConfig.load()\n'
+        "outputs = rollout(requests(*['sum'] * 8, config=config), max_tokens=256)\n"
+        "reports = [TreeReport.from_dict(o.rollout_infos['tree']) for o in outputs]\n"
+        'rewards = [float(i) for i in range(8)]\n'
+        'values = tree_advantages(reports, rewards, [r.loss_tokens for r in reports], config)\n'
+        'assert [v.mean for v in values] == [-1.0] * 4 + [1.0] * 4, values\n'
+        'assert len({tuple(r.nodes[:1]) for r in reports}) < 8\n'
+    )
+    result = subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=240,
+        env={**os.environ, 'TREEPO_CONFIG': str(EXAMPLES / 'own_rules' / 'tree.yaml')},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
