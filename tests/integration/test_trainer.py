@@ -448,12 +448,12 @@ def test_what_is_proven_is_compared_for_a_fiftieth_of_the_time(monkeypatch):
     """Steps of 3 s, comparisons of 0.3: every one until the proof, then one in five."""
     from swift.rlhf_trainers import GRPOTrainer
 
-    from treepo_swift.trainer import trainer as trainer_module
+    from treepo_swift.trainer import proof as proof_module
     from treepo_swift.trainer import weight_sync
 
     now = [0.0]
     monkeypatch.setattr(weight_sync.time, 'monotonic', lambda: now[0])
-    monkeypatch.setattr(trainer_module.time, 'perf_counter', lambda: now[0])
+    monkeypatch.setattr(proof_module.time, 'perf_counter', lambda: now[0])
     monkeypatch.setattr(GRPOTrainer, '_move_model_to_vllm', lambda self: None)
     servers = ProbedServers()
     trainer = probed_trainer(servers, 'torch.float32')
