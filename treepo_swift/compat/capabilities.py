@@ -79,6 +79,25 @@ TRAINER_NEEDS = (
 )
 """Asked for by the trainer's arguments."""
 
+_MEGATRON = 'swift.megatron.trainers.grpo_trainer:MegatronGRPOTrainer'
+MEGATRON_NEEDS = (
+    Need('swift.template.base:Template._add_dynamic_eos', 'the loss mask that came with a rollout'),
+    Need('swift.megatron.utils:get_padding_to', 'the proof of weight syncs'),
+    Need('swift.megatron.trainers.utils:gather_object(group)', 'advantages per segment'),
+    Need(f'{_MEGATRON}._init_rollout_engine', 'finding servers that grow trees'),
+    Need(f'{_MEGATRON}._setup_teacher', '--loss_type real and fipo'),
+    Need(f'{_MEGATRON}.samples2requests', 'sending the tree config'),
+    Need(f'{_MEGATRON}._colocate_rollout', 'trees in colocate mode'),
+    Need(f'{_MEGATRON}._move_model_to_vllm', 'the proof of weight syncs'),
+    Need(f'{_MEGATRON}.compute_per_token_logps', 'the proof of weight syncs'),
+    Need(f'{_MEGATRON}._score_completions', 'rewards of trees'),
+    Need(f'{_MEGATRON}._compute_advantages(kl_values)', 'tree advantages'),
+    Need(f'{_MEGATRON}._generate_and_score_completions', 'advantages per segment'),
+    Need(f'{_MEGATRON}._get_rollout_group', 'advantages per segment'),
+    Need(f'{_MEGATRON}.compute_eval_metrics', 'failures of an evaluation'),
+)
+"""Asked for where the plugin registers in a process that has loaded Megatron-SWIFT; nowhere else."""
+
 
 @dataclass(frozen=True, slots=True)
 class VllmFeatures:

@@ -1,4 +1,4 @@
-"""`TreeArguments`: what trees need to know of a run before a model loads. `TreeGRPOConfig`: swift's, with that."""
+"""`TreeArguments`: what trees need to know of a run before a model loads, and swift's own arguments with that."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from treepo_swift.advantage import check_estimator
 from treepo_swift.compat.capabilities import TRAINER_NEEDS, require, swift_features
 from treepo_swift.config import KV_BLOCK, ConfigError, TreeConfig
 
-from .compatibility import check_options
+from .compatibility import check_options, megatron_reasons
 from .growth import describe_growth
 from .rollout import check_scheduler, find_trees, probe_servers
 
 if TYPE_CHECKING:
-    _Arguments = GRPOConfig
+    from swift.rlhf_trainers import GRPOConfig as _Arguments
 else:
     _Arguments = object
 
@@ -64,12 +64,15 @@ class TreeArguments(_Arguments):
         for url, engine in self.tree_engines:
             config.check_fits(engine['max_model_len'], f'--vllm_max_model_len of {url}')
         probe_servers(client, config=config)
-        check_options(self, config)
+        self._check_options()
         if self.async_generate and self.world_size > 1 and not swift_features().async_errors:
             logger.warning(
                 'treepo: --async_generate on several ranks: this ms-swift does not hand a rollout that fails to the '
                 'other ranks, which then wait for good. ms-swift 4.6.0 and newer do.'
             )
+
+    def _check_options(self) -> None:
+        check_options(self, self.tree_config)
 
     def _say_what_grows(self, block_size: int) -> None:
         if is_master():
@@ -112,7 +115,7 @@ class TreeArguments(_Arguments):
         if self.vllm_max_model_len is not None:
             config.check_fits(self.vllm_max_model_len, '--vllm_max_model_len')
         check_scheduler(self.tree_scheduler, config, use_gym_env=self.use_gym_env)
-        check_options(self, config)
+        self._check_options()
         self._say_what_grows(self._block_size_here())
         if multi_turns[self.tree_scheduler].has_turns():
             self.vllm_server_pass_dataset = True
@@ -144,6 +147,29 @@ class TreeGRPOConfig(TreeArguments, GRPOConfig):
             self.tree_engines = find_trees(client)
             if self.tree_engines:
                 self._meet_servers(client)
+
+
+class MegatronTreeArguments(TreeArguments):
+    """A copy of swift's Megatron arguments, under the names of its other trainer's, which `TreeArguments` reads."""
+
+    def __init__(self, args: Any, ranks: int) -> None:
+        self.__dict__.update(vars(args))
+        self.world_size = ranks
+        self.per_device_train_batch_size = args.micro_batch_size
+        self.structured_outputs_regex = getattr(args, 'structured_outputs_regex', None)
+        # Megatron-SWIFT has none of these.
+        self.use_liger_kernel = self.eval_on_start = False
+        self.advantage_reweight = None
+
+    def _check_options(self) -> None:
+        check_options(self, self.tree_config, megatron_reasons(self, self.world_size))
+
+    def meet(self, client: Any) -> tuple[list[tuple[str, dict[str, Any]]], TreeConfig]:
+        """On the main process: the servers' engines if they grow trees, and the config fitted to them."""
+        self.tree_engines = find_trees(client)
+        if self.tree_engines:
+            self._agree_with_servers(client)
+        return self.tree_engines, self.tree_config
 
 
 def warn_of_short_paths(config: TreeConfig, max_completion_length: int) -> None:
