@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+from typing import Any
 
 from treepo_swift.compat import capabilities, cpu, versions
 from treepo_swift.config import TreeConfig
@@ -54,7 +55,7 @@ def _register_megatron() -> None:
     elif 'swift.megatron' in sys.modules:
         capabilities.require(capabilities.MEGATRON_NEEDS)
         # `megatron rlhf` takes the trainer from there by its name when the arguments, which load plugins, are ready.
-        trainers = importlib.import_module('swift.megatron.trainers')
+        trainers: Any = importlib.import_module('swift.megatron.trainers')
         module, _, trainer = MEGATRON_TRAINER_PATH.rpartition('.')
         trainers.MegatronGRPOTrainer = getattr(importlib.import_module(module), trainer)
 

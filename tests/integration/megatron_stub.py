@@ -88,7 +88,7 @@ def install() -> None:
     importlib.import_module('megatron.core.packed_seq_params').PackedSeqParams = SimpleNamespace
     importlib.import_module('megatron.core.rerun_state_machine').RerunDataIterator = iter
     ray = importlib.import_module('ray')
-    ray.remote = lambda *args, **kwargs: lambda cls: cls
+    ray.remote, ray.is_initialized = lambda *args, **kwargs: lambda cls: cls, lambda: False
     init = sys.modules['swift.megatron.init'] = ModuleType('swift.megatron.init')
     init.init_megatron_env = lambda: None
 
@@ -101,6 +101,11 @@ def cross_entropy(vocab_parallel_logits: torch.Tensor, target: torch.Tensor) -> 
 
 def use_groups(mpu: Mpu) -> None:
     vars(sys.modules['megatron.core.mpu']).update(vars(mpu.module()))
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    between = importlib.import_module('megatron.core.inference.communication_utils')
+    between.send_to_next_pipeline_rank = lambda tensor: torch.distributed.send(tensor, (rank + mpu.replicas) % world)
+    between.recv_from_prev_pipeline_rank_ = lambda tensor: torch.distributed.recv(tensor, (rank - mpu.replicas) % world)
+    torch.cuda.current_device = lambda: 'cpu'  # where swift makes the buffers for them
 
 
 @contextmanager

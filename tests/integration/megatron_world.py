@@ -10,26 +10,37 @@ import asyncio
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from megatron.core import mpu
 from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest, RolloutOutput
 from swift.megatron.arguments import MegatronRLHFArguments
 from swift.megatron.trainers import base, rollout_mixin
+from swift.megatron.trainers.utils import gather_object
+from swift.rollout import multi_turns
 
+from tests.integration.colocate_fakes import Llm, SwiftEngine
 from tests.integration.test_turn_tokens import TemplateEngine, make_template
 from treepo_swift.server.scheduler import TreeRolloutScheduler
 from treepo_swift.trainer.megatron import TreeMegatronGRPOTrainer
 
 base.warmup_jit_function = lambda config, args: None
 rollout_mixin.synchronize = lambda: None  # there is no device to wait for
+multi_turns['treepo'] = TreeRolloutScheduler
 VOCABULARY = 330
 
 
 class Model(torch.nn.Module):
-    """Says the next token by the last one: in every layout a token has the same log-prob."""
+    """Says the next token by the last one: in every layout a token has the same log-prob.
+
+    The first pipeline stage embeds and the last has the head; swift sends what is between them.
+    """
+
+    received: torch.Tensor | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,12 +49,16 @@ class Model(torch.nn.Module):
         self.head = torch.nn.Linear(8, VOCABULARY)
         self.config = SimpleNamespace(params_dtype=torch.float32, num_moe_experts=None)
 
+    def set_input_tensor(self, hidden: torch.Tensor) -> None:
+        self.received = hidden
+
     def forward(self, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        return self.head(self.embed(input_ids))
+        hidden, self.received = self.embed(input_ids) if self.received is None else self.received, None
+        return self.head(hidden) if mpu.is_pipeline_last_stage() else hidden
 
     def logprobs(self, ids: Sequence[int]) -> list[float]:
         with torch.no_grad():
-            rows = self(torch.tensor([ids[:-1]])).log_softmax(-1)[0]
+            rows = self.head(self.embed(torch.tensor(ids[:-1]))).log_softmax(-1)
         return rows[range(len(ids) - 1), ids[1:]].tolist()
 
 
@@ -234,4 +249,38 @@ def token_advantages(batches: Sequence[dict[str, Any]]) -> list[list[float]]:
     return rows
 
 
-Body = Callable[[int, int, str], Any]
+def files(folder: str) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+class Colocated(Trainer):
+    """With an engine in the process that is stepped: it speaks bytes, and scores with the weights that were loaded."""
+
+    lost = False
+    """Whether the engine gets no weights any more."""
+
+    def _prepare_vllm_engine(self) -> Any:
+        llm = Llm()
+        llm.reset_mm_cache = llm.reset_prefix_cache = llm.reset_encoder_cache = lambda: None
+        engine = SwiftEngine(llm)
+        engine.template.max_length = None
+        self.engine_model = Model()
+        return engine
+
+    def _plant_here(self, asked: Any) -> None:
+        super()._plant_here(asked)
+        self.request_config.seed = 7  # without one vLLM throws dice, and this engine repeats itself
+        self.trees_here.score = self.engine_model.logprobs
+
+    def _export_and_load_weights(self) -> None:
+        if not self.lost:
+            self.engine_model.load_state_dict(dict(self.bridge.export_weights(self.unwrapped_models)))
+
+    def _compute_advantages(self, samples: list[Any], rewards: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        mine = [
+            (s.request_id, s.rollout_infos['tree'], r, s.finish_reason, s.response_token_ids)
+            for s, r in zip(samples, rewards[:, 0].tolist(), strict=True)
+        ]
+        self.everyone = gather_object(mine)
+        self.rows = gather_object(mine, group=self._get_rollout_group())
+        return super()._compute_advantages(samples, rewards, **kwargs)
