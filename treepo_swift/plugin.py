@@ -6,10 +6,14 @@ import argparse
 import importlib
 import os
 import sys
+from pathlib import Path
+from typing import Any
 
 from treepo_swift.compat import capabilities, cpu, versions
 from treepo_swift.config import TreeConfig
 
+FILE = Path(__file__).parent / 'plugin_file' / 'treepo_plugin.py'
+"""For --external_plugins. In a folder of its own: swift puts a plugin's folder into Python's path."""
 SCHEDULERS = {
     'treepo': 'treepo_swift.server.scheduler.TreeRolloutScheduler',
     'treepo_gym': 'treepo_swift.server.gym.TreeGymScheduler',
@@ -20,13 +24,14 @@ WARNED = '_TREEPO_VERSIONS_WARNING'
 """Environment variable with the warning that was given. It is none of the `TREEPO_` ones, which are settings."""
 TRAINER_PATH = 'treepo_swift.trainer.trainer.TreeGRPOTrainer'
 TRAINING_ARGS_PATH = 'treepo_swift.trainer.arguments.TreeGRPOConfig'
+MEGATRON_TRAINER_PATH = 'treepo_swift.trainer.megatron.TreeMegatronGRPOTrainer'
 
 
 def register() -> None:
-    """Make the `SCHEDULERS` known and let ``--rlhf_type grpo`` use `TreeGRPOTrainer`.
+    """Make the `SCHEDULERS` known and let ``--rlhf_type grpo`` use `TreeGRPOTrainer`, or Megatron's.
 
     Raises:
-        ConfigError: a setting is unknown, ill-typed or does not fit.
+        ConfigError: a setting is unknown, ill-typed or does not fit; or trees are asked for in Ray's pipeline.
         UnsupportedVersion: ms-swift or vLLM is missing, or lacks what trees can't do without.
     """
     versions.check('ms-swift', 'vllm')
@@ -43,6 +48,19 @@ def register() -> None:
     # swift imports both by their paths when it needs them.
     TrainerFactory.TRAINER_MAPPING['grpo'] = TRAINER_PATH
     TrainerFactory.TRAINING_ARGS_MAPPING['grpo'] = TRAINING_ARGS_PATH
+    _register_megatron()
+
+
+def _register_megatron() -> None:
+    """Only where swift has loaded it: no other command imports Megatron, or Ray, because of the plugin."""
+    if 'swift.ray.megatron' in sys.modules:  # its driver, or one of its workers
+        importlib.import_module('treepo_swift.trainer.ray').refuse_trees(sys.argv[1:])
+    elif 'swift.megatron' in sys.modules:
+        capabilities.require(capabilities.MEGATRON_NEEDS)
+        # `megatron rlhf` takes the trainer from there by its name when the arguments, which load plugins, are ready.
+        trainers: Any = importlib.import_module('swift.megatron.trainers')
+        module, _, trainer = MEGATRON_TRAINER_PATH.rpartition('.')
+        trainers.MegatronGRPOTrainer = getattr(importlib.import_module(module), trainer)
 
 
 def _warn_of_versions() -> None:

@@ -30,6 +30,7 @@ OURS = (
 ENGINE = 'swift.infer_engine.vllm_engine:VllmEngine'
 USED = (
     # Replaced on an instance or a class.
+    'swift.rlhf_trainers.vllm_client:VLLMInferClient.infer',
     'swift.template.base:Template._add_dynamic_eos',
     'swift.arguments.deploy_args:RolloutArguments._check_device_count',
     # Called, though private.

@@ -17,11 +17,11 @@ pytest.importorskip('swift')
 pytest.importorskip('vllm')
 
 from treepo_swift.cli import doctor
-from treepo_swift.cli.plugin import FILE
 from treepo_swift.compat import versions
 from treepo_swift.lab.doctor import machine, packages
 from treepo_swift.lab.doctor.command import check_command
 from treepo_swift.lab.doctor.finding import Finding, run_checks
+from treepo_swift.plugin import FILE
 
 Usage = namedtuple('Usage', 'total used free')
 ROLLOUT = (

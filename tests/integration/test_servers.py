@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from queue import Queue
 from types import SimpleNamespace
 from typing import Any
@@ -107,6 +108,23 @@ def test_any_number_of_servers_grows_the_trees_of_one(alone, count):
     # Groups are dealt out evenly: no server has two more than another.
     groups = [sum(len(b) for b in server.worker.batches) / WIDTH for server in running]
     assert sum(groups) == 5 and max(groups) - min(groups) <= 1
+
+
+def test_what_swifts_trainers_call_asks_the_servers(alone):
+    """One hands over objects, the other dictionaries; an evaluation asks for independent answers."""
+    batch = requests(['a', 'b', 'c', 'b', 'e'])
+    with fleet(2) as (client, running):
+        servers = TreeServers(client, {})
+        assert shape(servers.infer(infer_requests=batch, request_config=REQUEST_CONFIG)) == shape(alone)
+        plain = servers.infer([asdict(r) for r in batch], asdict(REQUEST_CONFIG), use_tqdm=False)
+        assert shape(plain) == shape(alone)
+        note = rollout_note(CONFIG, width=WIDTH, step=3, max_steps=10, evaluates=True).to_dict()
+        for request in batch:
+            request.data_dict = {'treepo': note}
+        answers = servers.infer(batch, REQUEST_CONFIG)
+        assert [a.messages[0]['content'] for a in answers] == [r.messages[0]['content'] for r in batch]
+        assert all('tree' not in a.rollout_infos for a in answers)
+        assert sorted(len(server.worker.batches[-1]) for server in running) == [10, 10]
 
 
 def test_swifts_own_client_cuts_these_trees_apart():

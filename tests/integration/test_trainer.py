@@ -432,7 +432,7 @@ def probed_trainer(servers: ProbedServers, trainer_dtype: str) -> Any:
     trainer, _ = build_trainer([], [], vllm_client=servers, _sync_proof=WeightSyncProof([trainer_dtype]))
     trainer.processing_class = SimpleNamespace(encode=lambda text, add_special_tokens: list(range(64)))
     trainer._score = lambda ids: servers.scores(len(ids) - 1, servers.shift)
-    trainer._servers, trainer.async_generate = SimpleNamespace(leave_out_dead=lambda: None), False
+    trainer._servers, trainer.args.async_generate = SimpleNamespace(leave_out_dead=lambda: None), False
     return trainer
 
 
@@ -450,12 +450,12 @@ def test_what_is_proven_is_compared_for_a_fiftieth_of_the_time(monkeypatch):
     """Steps of 3 s, comparisons of 0.3: every one until the proof, then one in five."""
     from swift.rlhf_trainers import GRPOTrainer
 
-    from treepo_swift.trainer import trainer as trainer_module
+    from treepo_swift.trainer import proof as proof_module
     from treepo_swift.trainer import weight_sync
 
     now = [0.0]
     monkeypatch.setattr(weight_sync.time, 'monotonic', lambda: now[0])
-    monkeypatch.setattr(trainer_module.time, 'perf_counter', lambda: now[0])
+    monkeypatch.setattr(proof_module.time, 'perf_counter', lambda: now[0])
     monkeypatch.setattr(GRPOTrainer, '_move_model_to_vllm', lambda self: None)
     servers = ProbedServers()
     trainer = probed_trainer(servers, 'torch.float32')

@@ -27,7 +27,7 @@ from treepo_swift.core.search import Segment
 from treepo_swift.core.tree import StopReason
 from treepo_swift.server.engine import Prompt
 from treepo_swift.server.scheduler import TreeRolloutScheduler
-from treepo_swift.trainer.trainer import train_on_samples_only
+from treepo_swift.trainer.trees import train_on_samples_only
 from treepo_swift.wire.note import RequestNote
 
 TOOLS = [{'type': 'function', 'function': {'name': 'add', 'description': 'Adds.', 'parameters': {}}}]

@@ -18,6 +18,7 @@ FLOORS = [
     {'advantage', 'server'},
     {'trainer'},
     {'plugin'},
+    {'plugin_file'},
     {'lab', 'view'},
     {'cli'},
 ]

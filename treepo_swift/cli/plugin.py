@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-FILE = Path(__file__).parents[1] / 'plugin_file' / 'treepo_plugin.py'
-"""In a folder of its own: swift puts a plugin's folder into Python's path."""
+from treepo_swift.plugin import FILE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -56,14 +56,14 @@ _TRAINER = 'swift.rlhf_trainers.grpo_trainer:GRPOTrainer'
 TRAINER_NEEDS = (
     Need('swift.trainers.trainer_factory:TrainerFactory.TRAINER_MAPPING', 'registering the trainer'),
     Need('swift.trainers.trainer_factory:TrainerFactory.TRAINING_ARGS_MAPPING', 'registering the arguments'),
-    Need('swift.rlhf_trainers:VLLMInferClient', 'talking to servers'),
+    Need('swift.rlhf_trainers:VLLMInferClient.infer', 'dealing whole prompts out to servers'),
     Need('swift.rlhf_trainers.rollout_mixin:DataCache', '--async_generate'),
     Need('swift.template.utils:get_token_backed_response_ids', 'training on the tokens that were sampled'),
     Need('swift.template.base:Template._add_dynamic_eos', 'the loss mask that came with a rollout'),
     Need(f'{_TRAINER}.prepare_rollout', 'finding servers that grow trees'),
     Need(f'{_TRAINER}.samples2requests', 'sending the tree config'),
     Need(f'{_TRAINER}._server_rollout', '--async_generate'),
-    Need(f'{_TRAINER}._engine_infer', 'dealing whole prompts out to servers'),
+    Need(f'{_TRAINER}._engine_infer', '--async_generate'),
     Need(f'{_TRAINER}._prefetch', '--async_generate'),
     Need(f'{_TRAINER}._infer_single_or_multi_turn', 'trees in colocate mode'),
     Need(f'{_TRAINER}._move_model_to_vllm', 'the proof of weight syncs'),
@@ -78,6 +78,25 @@ TRAINER_NEEDS = (
     Need(f'{_TRAINER}.split_by_mini_batches', 'advantages per segment'),
 )
 """Asked for by the trainer's arguments."""
+
+_MEGATRON = 'swift.megatron.trainers.grpo_trainer:MegatronGRPOTrainer'
+MEGATRON_NEEDS = (
+    Need('swift.template.base:Template._add_dynamic_eos', 'the loss mask that came with a rollout'),
+    Need('swift.megatron.utils:get_padding_to', 'the proof of weight syncs'),
+    Need('swift.megatron.trainers.utils:gather_object(group)', 'advantages per segment'),
+    Need(f'{_MEGATRON}._init_rollout_engine', 'finding servers that grow trees'),
+    Need(f'{_MEGATRON}._setup_teacher', '--loss_type real and fipo'),
+    Need(f'{_MEGATRON}.samples2requests', 'sending the tree config'),
+    Need(f'{_MEGATRON}._colocate_rollout', 'trees in colocate mode'),
+    Need(f'{_MEGATRON}._move_model_to_vllm', 'the proof of weight syncs'),
+    Need(f'{_MEGATRON}.compute_per_token_logps', 'the proof of weight syncs'),
+    Need(f'{_MEGATRON}._score_completions', 'rewards of trees'),
+    Need(f'{_MEGATRON}._compute_advantages(kl_values)', 'tree advantages'),
+    Need(f'{_MEGATRON}._generate_and_score_completions', 'advantages per segment'),
+    Need(f'{_MEGATRON}._get_rollout_group', 'advantages per segment'),
+    Need(f'{_MEGATRON}.compute_eval_metrics', 'failures of an evaluation'),
+)
+"""Asked for where the plugin registers in a process that has loaded Megatron-SWIFT; nowhere else."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ docs/compatibility.md is the table for users.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from treepo_swift.advantage import is_segment_level
 from treepo_swift.config import ConfigError, TreeConfig
@@ -19,13 +19,14 @@ SCALE_REWARDS = {'batch': 'whiten', 'none': 'none'}
 `group` that somebody asked for, so it contradicts nothing."""
 
 
-def check_options(args: GRPOConfig, config: TreeConfig) -> None:
-    """Raise `ConfigError` with every reason why these options can not train on trees."""
+def check_options(args: GRPOConfig, config: TreeConfig, more: Iterable[str] = ()) -> None:
+    """Raise `ConfigError` with every reason why these options can not train on trees; `more` are a trainer's own."""
     reasons = [
         *_advantage_reasons(args, config),
         *_segment_reasons(args, config),
         *_rollout_reasons(args),
         *_colocate_reasons(args, config),
+        *more,
     ]
     if reasons:
         raise ConfigError('These options can not be used with trees:\n' + '\n'.join(f'  {r}' for r in reasons))
@@ -122,4 +123,23 @@ def _colocate_reasons(args: GRPOConfig, config: TreeConfig) -> Iterator[str]:
         yield (
             f'budget.policy=by_segment_tokens on {args.world_size} ranks in colocate mode: all trees of a batch share '
             'those tokens, and here they grow on several engines. Use another budget, or --vllm_mode server.'
+        )
+
+
+def megatron_reasons(args: Any, ranks: int) -> Iterator[str]:
+    """Options of Megatron-SWIFT alone, on so many ranks."""
+    if args.router_replay_mode == 'R3':
+        yield (
+            '--router_replay_mode R3: it replays the experts that the engine chose, and what trees give back does not '
+            'hold them. Use R2 or disabled.'
+        )
+    tensor, context = args.tensor_model_parallel_size, args.context_parallel_size
+    stages = args.pipeline_model_parallel_size
+    replicas = ranks // (tensor * context * stages)
+    together = args.per_device_generation_batch_size * tensor * context
+    if args.dynamic_sample and stages > 1 and replicas > 1 and together % args.num_generations:
+        yield (
+            f'--dynamic_sample true with {stages} pipeline stages and {replicas} data-parallel replicas: swift looks '
+            f'for groups in the order of ranks, where only {together} answers of a replica follow each other, not a '
+            f'multiple of --num_generations {args.num_generations}. It would cut trees. Raise --generation_batch_size.'
         )

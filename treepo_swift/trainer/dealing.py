@@ -15,6 +15,7 @@ from swift.rlhf_trainers import VLLMInferClient
 from swift.utils import get_logger
 
 from treepo_swift.wire.groups import Group, group_requests, request_key, with_copy
+from treepo_swift.wire.note import REQUEST_KEY, RequestNote
 from treepo_swift.wire.report import REPORT_KEY
 
 from .servers import ServerError, ask, death
@@ -72,8 +73,20 @@ class TreeServers:
         self._ranks = ranks
         self._costs = Costs()
 
+    def infer(
+        self,
+        infer_requests: Sequence[RolloutInferRequest | dict[str, Any]],
+        request_config: RequestConfig | dict[str, Any] | None = None,
+        **options: Any,
+    ) -> list[RolloutOutput]:
+        """What `VLLMInferClient.infer` is asked by swift's trainers; the requests' note says how large groups are."""
+        requests = [RolloutInferRequest(**r) if isinstance(r, dict) else r for r in infer_requests]
+        config = RequestConfig(**request_config) if isinstance(request_config, dict) else request_config
+        note = RequestNote.from_dict(requests[0].data_dict[REQUEST_KEY])
+        return self.rollout(requests, note.group_size, config or RequestConfig())
+
     def rollout(
-        self, requests: Sequence[RolloutInferRequest], size: int, request_config: RequestConfig
+        self, requests: Sequence[RolloutInferRequest], size: int | None, request_config: RequestConfig
     ) -> list[RolloutOutput]:
         """The outputs of `requests`, in their order. Groups are of `size` requests.
 

@@ -88,7 +88,7 @@ class RankRollout:
         self._gather = gather
 
     def outputs(
-        self, requests: Sequence[RolloutInferRequest], size: int, request_config: RequestConfig
+        self, requests: Sequence[RolloutInferRequest], size: int | None, request_config: RequestConfig
     ) -> list[RolloutOutput]:
         """The outputs of this rank's `requests`, in their order. Groups are of `size` requests."""
         counts = self._gather([len(requests)])

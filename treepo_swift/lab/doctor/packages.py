@@ -121,8 +121,7 @@ def plugin() -> Finding:
     from swift.rollout import multi_turns
     from swift.utils.utils import import_external_file
 
-    from treepo_swift.cli.plugin import FILE
-    from treepo_swift.plugin import SCHEDULERS
+    from treepo_swift.plugin import FILE, SCHEDULERS
 
     import_external_file(str(FILE))
     missing = [name for name in SCHEDULERS if name not in multi_turns]
