@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from .metrics import EvaluationFailures, RolloutRound, tree_metrics
 from .rewards import find_reward_fault, set_missing_gym_rewards, settle_placeholders, spread_over_tokens
 from .rollout import probe_servers, rollout_note
 from .shared_prefix.mixin import SharedPrefixMixin
+from .trees import TreeWriter
 from .weight_sync import MAX_PROBE_TOKENS, PROBE_TEXT, WeightSyncError, WeightSyncProof
 
 logger = get_logger()
@@ -58,6 +60,9 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
     trajectory leaves it to swift to spread it over tokens (`_postprocess_batch`); for one per segment we do.
     """
 
+    _tree_writer: TreeWriter | None = None
+    """Where ``--log_completions true`` keeps this rank's trees."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.tree_config: TreeConfig = kwargs['args'].tree_config
         self.grows_trees = False
@@ -86,6 +91,7 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
             self._plant_here()
         if self.tree_config.checks.verify_weight_sync:
             self._sync_proof = WeightSyncProof(self._computing_types(), in_process=here)
+        self._tree_writer = self._new_tree_writer()
         if self.accelerator.is_main_process:
             if not here:
                 accept_packed(self.vllm_client.sessions)
@@ -100,6 +106,16 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
             f'treepo: advantages by estimator={config.advantage.estimator!r} and normalisation='
             f'{config.advantage.normalisation!r}; --scale_rewards applies to samples without a tree only.'
         )
+
+    def _new_tree_writer(self) -> TreeWriter | None:
+        config, args = self.tree_config, self.args
+        if not args.log_completions or not config.trace.rate:
+            return None
+        rank = self.accelerator.process_index
+        writer = TreeWriter(Path(args.output_dir), self.processing_class, config, rank=rank, warn=logger.warning)
+        if self.accelerator.is_main_process:
+            logger.info(f'treepo: trees are written to {writer.path.parent}; `treepo-swift view {args.output_dir}`.')
+        return writer
 
     def _setup_teacher(self) -> None:
         super()._setup_teacher()
@@ -142,7 +158,7 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
     def _request_note(self) -> RequestNote:
         # With --async_generate swift asks for the first evaluation rollout before it sets the model to eval.
         evaluates = not self.model.training or self.control.should_evaluate
-        return rollout_note(
+        note = rollout_note(
             self.tree_config,
             width=self.num_generations_eval if evaluates else self.num_generations,
             step=self.state.global_step,
@@ -150,6 +166,7 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
             evaluates=evaluates,
             packed=self.trees_here is None,
         )
+        return dataclasses.replace(note, trace=self._tree_writer is not None and note.mode == 'tree')
 
     def _server_rollout(self, samples: list[Any], request_config: RequestConfig, is_global_inputs: bool) -> list[Any]:
         """swift's, but for ``--async_generate`` over several ranks.
@@ -301,6 +318,18 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
         self._check_alignment(reports, batches)
         kept = gather_object([n for b in batches for n in self._loss_mask(b).sum(-1).tolist()])
         advantages = tree_advantages(reports, rewards.tolist(), kept, self.tree_config)
+        if self._tree_writer is not None:
+            training = self.model.training
+            self._tree_writer.add(
+                samples,
+                reports,
+                rewards=rewards.tolist(),
+                rewards_per_function=rewards_per_func.tolist(),
+                names=self.reward_func_names,
+                advantages=advantages,
+                step=self.state.global_step + training,
+                mode='train' if training else 'eval',
+            )
         if is_segment_level(self.tree_config.advantage.estimator):
             start = sum(gather_object([len(samples)])[: self.accelerator.process_index])
             self._segment_advantages = advantages[start : start + len(samples)]
