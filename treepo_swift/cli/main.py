@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import bench, config, doctor, plugin, simulate
+from . import bench, config, doctor, plugin, simulate, view
 
-COMMANDS = {'doctor': doctor, 'plugin': plugin, 'config': config, 'bench': bench, 'simulate': simulate}
+COMMANDS = {'doctor': doctor, 'plugin': plugin, 'config': config, 'view': view, 'bench': bench, 'simulate': simulate}
 
 
 def main(argv: list[str] | None = None) -> int:

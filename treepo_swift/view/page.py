@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,8 @@ from .advantages import TRAINED, node_advantages
 PAGE_FORMAT = 1
 SCRIPTS = ('data.js', 'colours.js', 'drawing.js', 'reading.js', 'list.js', 'app.js')
 VENDORED = ('d3-hierarchy-3.1.3', 'diff-9.0.0')
+MARKERS = re.compile(r'<[|｜][^|｜<>]*[|｜]>|</?think>')
+ROLES = ('system', 'user', 'assistant')
 PREVIEW = 160
 """Characters of a prompt in the index."""
 
@@ -61,7 +64,7 @@ def html(described: dict[str, Any]) -> Iterator[str]:
     )
     index = {
         **{key: described[key] for key in ('format', 'source', 'estimators')},
-        'prompts': [text[:PREVIEW] for text in described['prompts']],
+        'prompts': [_preview(text) for text in described['prompts']],
         'trees': [tree['summary'] for tree in described['trees']],
     }
     before, after = read('index.html').split('<!-- parts -->')
@@ -77,6 +80,13 @@ def html(described: dict[str, Any]) -> Iterator[str]:
     for script in scripts:
         yield f'<script>{script}</script>\n'
     yield after
+
+
+def _preview(prompt: str) -> str:
+    """The end of a prompt in one line, without the template's tokens and roles: the question, mostly."""
+    lines = [line.strip() for line in MARKERS.sub('\n', prompt).splitlines()]
+    line = ' '.join(line for line in lines if line and line not in ROLES)
+    return line if len(line) <= PREVIEW else f'...{line[-PREVIEW:]}'
 
 
 def _hash(text: str) -> str:
@@ -109,7 +119,8 @@ def _summary(record: TreeRecord, prompt: int) -> dict[str, Any]:
         'width': len(record.trajectories),
         'nodes': len(record.nodes),
         'value': record.value,
-        'contrast': round(max(rewards) - min(rewards), 4) if rewards else 0.0,
+        'low': min(rewards, default=None),
+        'high': max(rewards, default=None),
         'failed': sum(t.reward is None for t in record.trajectories),
         'troubles': record.stats.get('failures', 0),
         'fallbacks': sum(t.fallback_from is not None for t in record.trajectories),
