@@ -16,7 +16,14 @@ def words(dice: random.Random, count: int) -> list[str]:
 
 
 def node(
-    id: int, parent: int, pieces: Sequence[str], *, depth: int = 1, size: int = 1, value: float = 0.0, said: bool = False
+    id: int,
+    parent: int,
+    pieces: Sequence[str],
+    *,
+    depth: int = 1,
+    size: int = 1,
+    value: float = 0.0,
+    said: bool = False,
 ) -> NodeRecord:
     return NodeRecord(
         id=id,
@@ -59,11 +66,13 @@ def tree(
         value=sum(rewards) / len(rewards) if rewards else None,
         estimator='treepo',
         normalisation='whiten',
-        stats={name: 0 for name in TreeStats.__dataclass_fields__},
+        stats=dict.fromkeys(TreeStats.__dataclass_fields__, 0),
     )
 
 
-def small(id: str = 'small', *, step: int = 1, rewards: Sequence[float] = (1.0, 0.0, 0.0), text: str = ' twelve') -> TreeRecord:
+def small(
+    id: str = 'small', *, step: int = 1, rewards: Sequence[float] = (1.0, 0.0, 0.0), text: str = ' twelve'
+) -> TreeRecord:
     """A trunk that forks in two; one branch calls a tool; a fallback from the first answer; one path that failed."""
     a, b, c = rewards
     nodes = [

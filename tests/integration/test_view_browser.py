@@ -1,4 +1,4 @@
-"""The viewer's page in a real browser: it draws, follows clicks and keys, filters, and lets no model text do anything."""
+"""The viewer in a real browser: it draws, follows clicks and keys, filters, and lets no model text do anything."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from treepo_swift.view.page import describe, html
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 if BROWSER is None:
-    pytest.skip(f'no browser here ({", ".join(BROWSERS)}): scripts/browser_env.sh installs one', allow_module_level=True)
+    pytest.skip(
+        f'no browser here ({", ".join(BROWSERS)}): scripts/browser_env.sh installs one', allow_module_level=True
+    )
 playwright = pytest.importorskip('playwright.sync_api')
 
 HOSTILE = [
@@ -108,7 +110,9 @@ def test_a_tree_is_drawn_with_its_marks(show):
     words = page.locator('#tree').text_content()
     assert 'failed: step of MyScheduler raised KeyError' in words and 'token limit' in words
     # The width of an edge follows its tokens, its colour the advantage.
-    widths = page.eval_on_selector_all('#tree .edge', 'edges => edges.map(e => parseFloat(e.getAttribute("stroke-width")))')
+    widths = page.eval_on_selector_all(
+        '#tree .edge', 'edges => edges.map(e => parseFloat(e.getAttribute("stroke-width")))'
+    )
     assert max(widths) > min(w for w in widths if w != 1.5)
     colours = set(page.eval_on_selector_all('#tree .edge', 'edges => edges.map(e => getComputedStyle(e).stroke)'))
     assert len(colours) > 2

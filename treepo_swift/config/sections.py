@@ -338,8 +338,7 @@ class SharedPrefix(Section):
 
 
 class Trace(Section):
-    """Trees on disk (docs/viewer.md). `--log_completions true` of `swift rlhf` writes them, to `trees/` in the output
-    folder; `treepo-swift view` shows them."""
+    """Trees on disk: `--log_completions true` of `swift rlhf` writes them, `treepo-swift view` shows them."""
 
     rate: Annotated[float, Strict(), Field(ge=0, le=1)] = 1.0
     """Share of the trees that are written, for large runs. Which of them follows from their ids."""

@@ -104,7 +104,7 @@ class TreeConfig(Section):
     shared_prefix: SharedPrefix = SharedPrefix()
     """What training computes once."""
     trace: Trace = Trace()
-    """Which trees are written to disk."""
+    """Which trees `--log_completions true` keeps on disk ([viewer.md](viewer.md))."""
     eval_trees: Flag = False
     """Evaluate on trees too. `false` samples the answers to an evaluation prompt independently."""
     faults: Faults = Faults()

@@ -68,9 +68,11 @@ def html(described: dict[str, Any]) -> Iterator[str]:
         'trees': [tree['summary'] for tree in described['trees']],
     }
     before, after = read('index.html').split('<!-- parts -->')
-    yield before.replace('<!-- policy -->', f'<meta http-equiv="Content-Security-Policy" content="{policy}">').replace(
-        '<!-- style -->', f'<style>{style}</style>'
-    ).replace('<!-- licences -->', escape(licences))
+    yield (
+        before.replace('<!-- policy -->', f'<meta http-equiv="Content-Security-Policy" content="{policy}">')
+        .replace('<!-- style -->', f'<style>{style}</style>')
+        .replace('<!-- licences -->', escape(licences))
+    )
     yield f'<script type="application/json" id="index">{_inert(json.dumps(index, separators=(",", ":")))}</script>\n'
     yield '<script type="text/plain" id="trees">'
     for tree in described['trees']:

@@ -175,7 +175,7 @@ class Moment:
 
 
 def record_of(trace: TreeTrace, scored: Sequence[Scored], moment: Moment) -> TreeRecord:
-    """The record of a tree, without texts (`text` and `pieces` are empty), from its trace and its trajectories in order.
+    """The record of a tree from its trace and its trajectories in order; `text` and `pieces` are still empty.
 
     Raises ``ValueError`` where the two are not of the same tree.
     """
