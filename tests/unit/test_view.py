@@ -31,11 +31,20 @@ def write(folder, *records, name='rank-0.jsonl'):
 
 
 def test_a_file_a_folder_and_a_run_are_read(tmp_path):
-    second = write(tmp_path, small('c', step=1), name='rank-10.jsonl')
-    path = write(tmp_path, small('a', step=1), small('b', step=2))
+    run = tmp_path / 'seed-1' / 'train'
+    second = write(run, small('c', step=1), name='rank-10.jsonl')
+    path = write(run, small('a', step=1), small('b', step=2))
     assert [r.tree for r in load(path)] == ['a', 'b'] and load(second) == [small('c', step=1)]
-    for place in (path.parent, tmp_path, tmp_path.parent):
+    for place in (path.parent, run, run.parent, tmp_path):
         assert [r.tree for r in load(place)] == ['a', 'c', 'b'], place
+
+
+def test_of_several_runs_one_is_to_be_named(tmp_path):
+    for run in ('seed-1/train', 'seed-2/train'):
+        write(tmp_path / run, small())
+    with pytest.raises(TreesError, match=r'(?s)the trees of 2 runs.*seed-1/train\n.*seed-2/train'):
+        load(tmp_path)
+    assert load(tmp_path / 'seed-2') == [small()]
 
 
 def test_what_is_no_tree_is_refused_with_its_place(tmp_path):

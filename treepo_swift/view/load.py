@@ -19,6 +19,8 @@ class TreesError(ValueError):
 def load(path: str | Path, *, superseded: bool = False) -> list[TreeRecord]:
     """The trees of a ``.jsonl`` file, of a ``trees`` folder, or of the output folder of a run, by step.
 
+    A folder above that of a run does too, where it holds one run.
+
     A run that was resumed from a checkpoint writes some steps again. What it wrote before of these is left out, unless
     `superseded` is True.
 
@@ -40,15 +42,22 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not path.exists():
         raise TreesError(f'{path} does not exist.')
-    folders = [path, path / FOLDER, *sorted(path.glob(f'*/{FOLDER}')), *sorted(path.glob(f'*/*/{FOLDER}'))]
-    for folder in folders:
-        files = sorted(folder.glob('rank-*.jsonl'), key=lambda file: (len(file.name), file.name))
-        if files:
-            return files
+    below = [folder for pattern in (f'*/{FOLDER}', f'*/*/{FOLDER}') for folder in sorted(path.glob(pattern))]
+    for folders in ([path], [path / FOLDER], below):
+        found = [files for folder in folders if (files := _ranks(folder))]
+        if len(found) > 1:
+            runs = '\n'.join(f'  {files[0].parent.parent}' for files in found)
+            raise TreesError(f'{path} has the trees of {len(found)} runs. Name one of them:\n{runs}')
+        if found:
+            return found[0]
     raise TreesError(
         f'No trees in {path}: neither rank-*.jsonl nor a folder `{FOLDER}` with them. `swift rlhf` writes them with '
         '--log_completions true where a rollout grows trees.'
     )
+
+
+def _ranks(folder: Path) -> list[Path]:
+    return sorted(folder.glob('rank-*.jsonl'), key=lambda file: (len(file.name), file.name))
 
 
 def _read(file: Path) -> Iterator[TreeRecord]:

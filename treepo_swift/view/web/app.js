@@ -70,7 +70,7 @@ function showNodeLine() {
     line.append(make('b', '', 'The prompt'), ` · ${node.size} answers, mean reward ${number(node.value)}`);
     return;
   }
-  const facts = [`depth ${node.depth}`, `${counted(node.count)} tokens`];
+  const facts = [`depth ${node.depth}`, `${counted(node.count)} ${node.count === 1 ? 'token' : 'tokens'}`];
   if (!node.environment) {
     facts.push(node.size > 1 ? `decoded once for ${node.size} answers (${counted(node.count * (node.size - 1))} reused)` : 'decoded for one answer');
     facts.push(`mean reward ${number(node.value)}`, `advantage ${signed((tree.advantages[state.estimator] || [])[node.position] ?? null)} (${state.estimator})`);
