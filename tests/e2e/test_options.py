@@ -254,9 +254,7 @@ def check_trees_on_disk(directory: Path, trees: int) -> None:
     for (_, mode), records in batches.items():
         assert len(records) == trees or mode == 'eval'
         for record in records:
-            assert record.prompt.startswith('<|im_start|>') and all(
-                node.text or not node.tokens for node in record.nodes
-            )
+            assert record.prompt.startswith('<|im_start|>') and all(record.texts())
             assert all(len(node.logprobs) == len(node.tokens) == len(node.pieces) for node in record.nodes)
         advantages = [t.advantage for record in records for t in record.trajectories]
         assert mode == 'eval' or len(set(advantages)) > 1

@@ -18,6 +18,7 @@ pytest.importorskip('swift')
 from tests.builders import grow, make_search
 from tests.flat import flat
 from tests.integration.test_trainer import advantages, build_trainer
+from treepo_swift.advantage.batch import SegmentAdvantages
 from treepo_swift.core.tree import Tree, response_ids
 from treepo_swift.trainer.trees import WAITING, TreeWriter
 from treepo_swift.view import load
@@ -59,12 +60,12 @@ def writer(folder: Path, *, rank: int = 0, tokenizer: Any = None, **config: Any)
     return made, warnings
 
 
-def add(target: TreeWriter, *trees: Tree, mine: slice = slice(None), step: int = 1) -> list[Any]:
+def add(
+    target: TreeWriter, *trees: Tree, mine: slice = slice(None), step: int = 1, samples: list[Any] | None = None
+) -> list[Any]:
     values = infos(*trees)
     count = len(values)
-    samples = [SimpleNamespace(rollout_infos=info) for info in values[mine]]
-    from treepo_swift.advantage.batch import SegmentAdvantages
-
+    samples = samples or [SimpleNamespace(rollout_infos=info) for info in values[mine]]
     target.add(
         samples,
         [TreeReport.from_dict(info['tree']) for info in values],
@@ -210,6 +211,19 @@ def test_a_full_disk_is_one_warning_and_the_training_goes_on(tmp_path, monkeypat
     assert time.perf_counter() - began < 5
     assert len(calls) == 1 and len(warnings) == 1
     assert 'No space left on device' in warnings[0] and 'the training goes on' in warnings[0]
+
+
+def test_a_tree_that_came_apart_is_left_out_alone(tmp_path):
+    target, warnings = writer(tmp_path)
+    torn = grown('torn', 1)
+    values = infos(torn)
+    del torn.trajectories[1]
+    for info in copy.deepcopy([values[0], values[0]]):
+        add(target, torn, samples=[SimpleNamespace(rollout_infos=info)])
+    add(target, grown('whole', 2))
+    target.close()
+    assert [record.tree for record in load(tmp_path)] == ['whole']
+    assert len(warnings) == 1 and 'tree torn has 4 trajectories, and 3 were scored' in warnings[0]
 
 
 def test_a_tokenizer_that_breaks_is_one_warning_too(tmp_path):

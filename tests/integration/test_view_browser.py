@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -60,9 +59,10 @@ def show(browser: Any, tmp_path: Path) -> Iterator[Any]:
     context.set_default_timeout(10_000)
     troubles: list[str] = []
 
-    def open_page(records: list[Any], address: str = '') -> Any:
-        path = records if isinstance(records, Path) else write(tmp_path, records)
+    def open_page(records: list[Any], address: str = '', prepare: Callable[[Any], Any] = lambda page: None) -> Any:
+        path = write(tmp_path, records)
         page = context.new_page()
+        prepare(page)
         page.on('console', lambda message: troubles.append(f'console: {message.text}'))
         page.on('pageerror', lambda error: troubles.append(f'error: {error}'))
         page.on('dialog', lambda dialog: troubles.append(f'dialog: {dialog.message}'))
@@ -268,26 +268,29 @@ def test_the_pages_policy_refuses_scripts_that_are_not_its_own(browser, tmp_path
     page.close()
 
 
-def test_a_thousand_trees_open_at_once_and_stay_smooth(show, tmp_path):
-    """16 paths of 14 segments each. Measured on two cores: see docs/viewer.md."""
+def test_a_thousand_trees_open_at_once_and_stay_smooth(show):
+    """16 paths of 14 segments each. Wall time, measured on two cores, is in docs/viewer.md; here CPU time counts."""
     some = [large('t', seed=seed, tokens=8) for seed in range(25)]
     records = [dataclasses.replace(some[i % 25], tree=f't{i}', step=i // 8) for i in range(1000)]
-    path = write(tmp_path, records)
-    began = time.perf_counter()
-    page = show(path)
-    seconds = time.perf_counter() - began
-    assert page.locator('#tree .edge').count() == len(records[0].nodes) and page.locator('#list li').count() == 1000
-    moves = page.evaluate(
-        """async () => {
-            const began = performance.now();
-            for (let i = 0; i < 10; i += 1) {
-                const before = location.hash;
-                document.body.dispatchEvent(new KeyboardEvent('keydown', { key: 'j', bubbles: true }));
-                while (location.hash === before) await new Promise((go) => setTimeout(go));
-            }
-            return (performance.now() - began) / 10;
-        }"""
-    )
-    print(json.dumps({'open_s': round(seconds, 2), 'next_tree_ms': round(moves, 1), 'mb': path.stat().st_size / 1e6}))
-    # Generous: a machine under load must not fail. The figures are in docs/viewer.md.
-    assert seconds < 10 and moves < 500
+    sessions: list[Any] = []
+
+    def prepare(page: Any) -> None:
+        session = page.context.new_cdp_session(page)
+        session.send('Performance.enable', {'timeDomain': 'threadTicks'})
+        sessions.append(session)
+
+    def seconds() -> float:
+        """CPU time of the page's main thread so far."""
+        metrics = sessions[0].send('Performance.getMetrics')['metrics']
+        return next(metric['value'] for metric in metrics if metric['name'] == 'TaskDuration')
+
+    page = show(records, prepare=prepare)
+    opened = seconds()
+    assert len(some[0].nodes) == 16 * 14 == page.locator('#tree .edge').count()
+    assert page.locator('#list li').count() == 1000
+    for i in range(1, 11):
+        page.keyboard.press('j')
+        until(page, lambda address=f'tree=t{i}&': address in page.url)
+    moved = (seconds() - opened) / 10
+    print(f'opened with {opened:.2f} s of CPU, the next tree with {moved:.3f} s')
+    assert opened < 3 and moved < 0.3

@@ -64,6 +64,7 @@ class TreeWriter:
         self._thread: threading.Thread | None = None
         self._stopped = False
         self._dropped = 0
+        self._skipped = 0
 
     @property
     def path(self) -> Path:
@@ -133,6 +134,11 @@ class TreeWriter:
             if self._batches.get() is None:
                 return
 
+    def _skip(self, error: ValueError) -> None:
+        if not self._skipped:
+            self._warn(f'treepo: a tree is not written to {self._path}, nor are others of that kind: {error}')
+        self._skipped += 1
+
     @staticmethod
     def _mend(file: Any) -> None:
         """A process that was killed may have left half a line: it shall not spoil the next one."""
@@ -157,7 +163,12 @@ class TreeWriter:
         lines = []
         for values in batch.traces:
             trace = TreeTrace.from_dict(values)
-            record = record_of(trace, [_scored(batch, index) for index in members.get(trace.id, [])], moment)
+            try:
+                record = record_of(trace, [_scored(batch, index) for index in members.get(trace.id, [])], moment)
+            except ValueError as e:
+                # Somebody took a tree apart between the rollout and here. That says nothing of the next one.
+                self._skip(e)
+                continue
             write_texts(record, reader)
             lines.append(record.to_json())
         return lines
