@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -231,21 +232,28 @@ def test_two_answers_are_compared_from_their_fork(show):
     assert 'We count' not in page.locator('#panel .columns').inner_text()
 
 
-@pytest.mark.parametrize('text', HOSTILE, ids=range(len(HOSTILE)))
-def test_model_text_is_inert(show, text):
-    record = small('evil', text=text)
-    record.prompt = f'<|im_start|>user\n{text}<|im_end|>'
-    record.trajectories[3].error = text
-    record.tree = f'evil {text}'
-    page = show([record])
-    for tab in range(1, 6):
-        page.keyboard.press(str(tab))
-    page.fill('#search', text[:20])
-    page.wait_for_timeout(300)
-    assert page.evaluate('window.stolen') is None
-    shown = page.locator('#panel').inner_text() + page.locator('#tree').text_content()
-    assert page.evaluate('document.querySelectorAll("img, iframe, a, #panel script, #tree script").length') == 0
-    assert shown and page.locator('#side').is_visible()
+def test_model_text_is_inert(show):
+    """Wherever a text can stand, in every tab, and searched for."""
+    records = []
+    for number, text in enumerate(HOSTILE):
+        record = small(f'evil{number} {text}', text=text)
+        record.prompt = f'<|im_start|>user\n{text}<|im_end|>'
+        record.trajectories[3].error = text
+        records.append(record)
+    page = show(records)
+    for number, text in enumerate(HOSTILE):
+        until(page, lambda address=f'tree=evil{number}': address in page.url)
+        for tab in '2345':
+            page.keyboard.press(tab)
+        page.keyboard.press('1')
+        said = page.locator('#panel .part.chosen').inner_text()
+        # What is no letter may be shown by its code, but nothing is lost.
+        assert re.sub(r'\W|U\+\w{4}', '', said) == re.sub(r'\W', '', f'2{text}.'), text
+        page.keyboard.press('j')
+    page.fill('#search', HOSTILE[0][:12])
+    until(page, lambda: 0 < len(rows(page)) < len(HOSTILE))
+    assert page.evaluate('window.stolen') is None and page.locator('#side').is_visible()
+    assert page.evaluate('document.querySelectorAll("img, iframe, a, style:not(head style), main script").length') == 0
 
 
 def test_odd_characters_are_named(show):
