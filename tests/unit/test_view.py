@@ -7,15 +7,17 @@ import hashlib
 import io
 import json
 import re
+import subprocess
+import sys
 import zlib
 
 import pytest
 
 from tests.trees import answer, large, node, small, tree
-from treepo_swift.advantage import estimate, registered_estimators
+from treepo_swift.advantage import estimate, register_advantage
 from treepo_swift.cli.main import main
 from treepo_swift.view import TreesError, load
-from treepo_swift.view.advantages import TRAINED, node_advantages
+from treepo_swift.view.advantages import ESTIMATORS, TRAINED, node_advantages
 from treepo_swift.view.page import SCRIPTS, VENDORED, describe, html
 from treepo_swift.view.terminal import inert, rendered
 
@@ -64,7 +66,7 @@ def test_what_is_no_tree_is_refused_with_its_place(tmp_path):
 def test_estimators_are_those_of_training():
     records = [small('a'), small('b', rewards=(0.0, 1.0, 1.0))]
     for record, values in zip(records, node_advantages(records), strict=True):
-        assert list(values) == [TRAINED, *registered_estimators()]
+        assert list(values) == [TRAINED, *ESTIMATORS]
         healthy = record.trajectories[:3]
         paths = [['u', *path] for path in record.segment_paths()[:3]]
         for leaf, expected in zip((2, 5, 6), estimate(paths, [t.reward for t in healthy]), strict=True):
@@ -74,6 +76,18 @@ def test_estimators_are_those_of_training():
         # The trunk has the mean of all, what the tool said has none.
         assert values[TRAINED][0] == pytest.approx(sum(t.advantage for t in healthy) / 3, abs=1e-3)
         assert values['treepo'][3] is None
+
+
+def test_the_estimators_of_the_package_are_all_there_and_no_others():
+    code = 'from treepo_swift.advantage import registered_estimators as r; print(*r())'
+    built_in = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
+    assert sorted(ESTIMATORS) == built_in
+
+    @register_advantage('wants_options')
+    def wants_options(paths, rewards, *, scale):
+        return [reward * scale for reward in rewards]
+
+    assert 'wants_options' not in node_advantages([small()])[0]
 
 
 def test_a_tree_that_failed_whole_can_be_shown():

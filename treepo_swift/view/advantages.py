@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from treepo_swift.advantage import estimate_segments, registered_estimators
+from treepo_swift.advantage import estimate_segments
 from treepo_swift.wire.record import TreeRecord
 
+ESTIMATORS = ('treepo', 'grpo', 'rloo', 'reinforce_plus_plus', 'progress', 'spo', 'treerl')
+"""The package's own. Those that a user registered may want options, or a whole batch; what they said is `TRAINED`."""
 TRAINED = 'as trained'
 """The name of what the run itself used: after normalisation over its batch."""
 
 
 def node_advantages(records: Sequence[TreeRecord]) -> list[dict[str, list[float | None]]]:
-    """For each tree the values of its nodes, in their order, by estimator; None for what an environment said.
+    """For each tree the values of its nodes, in their order, by estimator of the package; None for what an environment said.
 
     A node has the mean of what the trajectories through it get for its tokens: for an estimator of segment level that
     is its own value. All but `TRAINED` are before normalisation; all are of one tree alone, so they need no whole
@@ -29,7 +31,7 @@ def node_advantages(records: Sequence[TreeRecord]) -> list[dict[str, list[float 
                 owners.append(index)
     if not paths:
         return results
-    for name in registered_estimators():
+    for name in ESTIMATORS:
         found: list[dict[int, list[float]]] = [defaultdict(list) for _ in records]
         for owner, path, values in zip(owners, paths, estimate_segments(paths, rewards, estimator=name), strict=True):
             for node, value in zip(path[1:], values, strict=True):
