@@ -15,7 +15,7 @@ TRAINED = 'as trained'
 
 
 def node_advantages(records: Sequence[TreeRecord]) -> list[dict[str, list[float | None]]]:
-    """For each tree the values of its nodes, in their order, by estimator of the package; None for what an environment said.
+    """For each tree the values of its nodes in their order, by estimator; None for what an environment said.
 
     A node has the mean of what the trajectories through it get for its tokens: for an estimator of segment level that
     is its own value. All but `TRAINED` are before normalisation; all are of one tree alone, so they need no whole
