@@ -110,6 +110,8 @@ def test_a_tree_is_drawn_with_its_marks(show):
     assert page.locator('#tree .environment .edge').count() == 1
     words = page.locator('#tree').text_content()
     assert 'failed: step of MyScheduler raised KeyError' in words and 'token limit' in words
+    heights = page.eval_on_selector_all('#tree text', 'texts => texts.map(text => text.getAttribute("y"))')
+    assert len(set(heights)) == 4, 'no label lies on another'
     # The width of an edge follows its tokens, its colour the advantage.
     widths = page.eval_on_selector_all(
         '#tree .edge', 'edges => edges.map(e => parseFloat(e.getAttribute("stroke-width")))'

@@ -29,8 +29,10 @@ function draw(tree, { zoom }) {
   const row = Math.max(20, Math.min(46, (canvas.clientHeight - 44) / rows));
   const columns = Math.max(1, root.height);
   const column = Math.max(58, Math.min(170, (canvas.clientWidth - 250) / columns));
-  d3.tree().nodeSize([row, column]).separation(() => 1)(root);
+  // Every leaf has a row of its own, so that its label has too; what a segment is right of is its depth.
+  d3.cluster().nodeSize([row, column]).separation(() => 1)(root);
   const places = root.descendants();
+  for (const place of places) place.y = place.depth * column;
   const top = Math.min(...places.map((p) => p.x)), bottom = Math.max(...places.map((p) => p.x));
   const right = Math.max(...places.map((p) => p.y));
   const [width, height] = [right + 240, bottom - top + 44];
