@@ -58,6 +58,9 @@ def test_what_is_no_tree_is_refused_with_its_place(tmp_path):
     path.write_text('{"step": ["1"]}\n')
     with pytest.raises(TreesError, match='line 1 is not a tree'):
         load(path)
+    path.write_text('{"version": 1}\n')
+    with pytest.raises(TreesError, match="line 1: it has no 'nodes'"):
+        load(path)
     path.write_text('{"version": 99}\n')
     with pytest.raises(TreesError, match='line 1: version 99 of a tree: this treepo_swift reads 1'):
         load(path)
@@ -161,6 +164,8 @@ def test_the_command_writes_the_page_and_its_twin(tmp_path, capsys):
     assert main(['view', str(tmp_path), '--tree', 'nope']) == 1
     assert 'None of the 3 trees' in capsys.readouterr().err
     assert main(['view', str(tmp_path / 'no')]) == 1
+    assert main(['view', str(tmp_path), '--output', str(tmp_path / 'trees.json' / 'below a file.html')]) == 1
+    assert 'trees.json' in capsys.readouterr().err
     assert main(['view', str(tmp_path), '--terminal', '--tree', 'a']) == 0
     assert 'step 1' in capsys.readouterr().out
 

@@ -8,7 +8,7 @@ import sys
 import webbrowser
 from pathlib import Path
 
-from treepo_swift.view.load import TreesError, load
+from treepo_swift.view.files import TreesError, load
 from treepo_swift.view.page import describe, html
 from treepo_swift.view.terminal import print_trees
 from treepo_swift.wire.record import TreeRecord
@@ -28,25 +28,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     try:
         records = _chosen(load(args.path), args)
+        if args.terminal:
+            print_trees(records if args.last or args.tree else records[-1:])
+        else:
+            _write(records, args)
     except (TreesError, OSError) as e:
         print(f'treepo-swift: {e}', file=sys.stderr)
         return 1
-    if args.terminal:
-        print_trees(records[-(args.last or 1) :] if args.tree is None or args.last else records)
-        return 0
-    target = args.output or (args.path if args.path.is_dir() else args.path.parent) / 'trees.html'
-    described = describe(records[-args.last :] if args.last else records, str(args.path))
+    return 0
+
+
+def _write(records: list[TreeRecord], args: argparse.Namespace) -> None:
+    target: Path = args.output or (args.path if args.path.is_dir() else args.path.parent) / 'trees.html'
+    described = describe(records, str(args.path))
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open('w', encoding='utf-8', errors='replace', newline='') as file:
         file.writelines(html(described))
-    print(f'{len(described["trees"])} trees: {target} ({target.stat().st_size / 1e6:.1f} MB)')
+    print(f'{len(records)} trees: {target} ({target.stat().st_size / 1e6:.1f} MB)')
     if not args.no_json:
         twin = target.with_suffix('.json')
         twin.write_text(json.dumps(described, separators=(',', ':')))
         print(f'the same as JSON: {twin} ({twin.stat().st_size / 1e6:.1f} MB)')
     if args.open:
         webbrowser.open(target.resolve().as_uri())
-    return 0
 
 
 def _chosen(records: list[TreeRecord], args: argparse.Namespace) -> list[TreeRecord]:
@@ -58,4 +62,4 @@ def _chosen(records: list[TreeRecord], args: argparse.Namespace) -> list[TreeRec
     if records and not chosen:
         steps = f'{records[0].step} to {records[-1].step}'
         raise TreesError(f'None of the {len(records)} trees of {args.path} (steps {steps}) is asked for.')
-    return chosen
+    return chosen[-args.last :] if args.last else chosen

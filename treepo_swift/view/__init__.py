@@ -2,6 +2,6 @@
 
 from treepo_swift.wire.record import NodeRecord, TrajectoryRecord, TreeRecord
 
-from .load import TreesError, load
+from .files import TreesError, load
 
 __all__ = ['NodeRecord', 'TrajectoryRecord', 'TreeRecord', 'TreesError', 'load']

@@ -74,7 +74,8 @@ def _read(file: Path) -> Iterator[TreeRecord]:
                 broken += 1
                 continue
             except (ValueError, TypeError, KeyError) as e:
-                raise TreesError(f'{file}, line {number}: {e}') from None
+                what = f'it has no {e}' if isinstance(e, KeyError) else e
+                raise TreesError(f'{file}, line {number}: {what}') from None
             if record is None:
                 raise TreesError(f'{file}, line {number} is not a tree: it has no `version`.')
             yield record
