@@ -4,6 +4,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 bash scripts/cpu_env.sh
+bash scripts/browser_env.sh
 bash scripts/check.sh
 [ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"
 # Below the coverage that pyproject.toml asks for it ends here.

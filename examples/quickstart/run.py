@@ -181,6 +181,7 @@ def report(run: Path, checkpoint: Path, before: float, after: float, *, minutes:
         ('checkpoint', str(checkpoint)),
         ('logs', ', '.join(f'{run}/{log}' for log in LOGS if (run / log).exists())),
         ('curves', str(draw(run, rows, before, after))),
+        ('its trees in a browser', f'{Path(sys.executable).parent}/treepo-swift view {run} --open'),
         ('time', f'{minutes:.1f} minutes'),
     ]
     width = max(len(name) for name, _ in table)

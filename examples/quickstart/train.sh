@@ -62,6 +62,7 @@ swift rlhf \
     --temperature 1.0 \
     --gradient_checkpointing false \
     --logging_steps 1 \
+    --log_completions true \
     --save_steps "${SAVE_STEPS:-${STEPS:-40}}" \
     --save_only_model true \
     --output_dir "${OUTPUT:-output/quickstart/train}" \

@@ -239,7 +239,25 @@ def check_training(directory: Path, *, steps: int, trees: int = 4) -> list[dict[
         assert 0 < row['tree/decoded_tokens'] < row['tree/independent_tokens']
         assert row['tree/flat_trees'] < 1
     assert all(row['tree/sync_gap'] < 2e-3 for row in rows if 'tree/sync_gap' in row)
+    check_trees_on_disk(directory, trees)
     return rows
+
+
+def check_trees_on_disk(directory: Path, trees: int) -> None:
+    """train.sh has --log_completions true: whatever the options, each batch is kept with what it trained on."""
+    from treepo_swift.view import load
+
+    batches: dict[tuple[int, str], list[Any]] = {}
+    for record in load(directory):
+        batches.setdefault((record.step, record.mode), []).append(record)
+    assert (1, 'train') in batches
+    for (_, mode), records in batches.items():
+        assert len(records) == trees or mode == 'eval'
+        for record in records:
+            assert record.prompt.startswith('<|im_start|>') and all(record.texts())
+            assert all(len(node.logprobs) == len(node.tokens) == len(node.pieces) for node in record.nodes)
+        advantages = [t.advantage for record in records for t in record.trajectories]
+        assert mode == 'eval' or len(set(advantages)) > 1
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from treepo_swift.core.tree import StopReason
 from treepo_swift.server.engine import EngineError
 from treepo_swift.server.scheduler import RolloutError, RolloutFailure, TreeRolloutScheduler
 from treepo_swift.wire.note import PROTOCOL, RequestNote
+from treepo_swift.wire.trace import TRACE_KEY, TreeTrace
 
 CONFIG = flat(segment_length=16, max_depth=4)
 
@@ -95,6 +96,22 @@ def test_shared_nodes_mean_shared_tokens():
                     break
                 shared += count
             assert a.response_token_ids[0][:shared] == b.response_token_ids[0][:shared]
+
+
+def test_a_trace_goes_with_the_first_trajectory_where_it_is_asked_for():
+    def traces(batch, *, trace, rate=1.0):
+        note = RequestNote(config={'trace': {'rate': rate}, 'segment_length': 16, 'max_depth': 4}, trace=trace)
+        for request in batch:
+            request.data_dict = {'treepo': note.to_dict()}
+        return [output.rollout_infos.get(TRACE_KEY) for output in rollout(batch)]
+
+    prompts = [*'aabbcc']
+    assert traces(requests(*prompts), trace=False) == [None] * 6
+    assert traces(requests(*prompts), trace=True, rate=0.0) == [None] * 6
+    found = traces(requests(*prompts), trace=True)
+    assert [value is not None for value in found] == [True, False] * 3
+    trace = TreeTrace.from_dict(json.loads(json.dumps(found[2])))
+    assert trace.prompt_ids == list(b'b') and len(trace.leaves) == 2 and all(node.logprobs for node in trace.nodes)
 
 
 def test_a_prompt_that_occurs_twice_makes_two_trees_of_num_generations():

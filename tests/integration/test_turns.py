@@ -24,6 +24,9 @@ from treepo_swift.config import TreeConfig
 from treepo_swift.core.search import Segment
 from treepo_swift.core.tree import StopReason
 from treepo_swift.server.scheduler import TreeRolloutScheduler
+from treepo_swift.wire.record import Moment, Scored, record_of
+from treepo_swift.wire.report import TreeReport
+from treepo_swift.wire.trace import TRACE_KEY, TreeTrace
 
 CONFIG = flat(segment_length=4, max_depth=8, answer='none')
 
@@ -608,3 +611,20 @@ def test_evaluation_and_single_requests_take_turns_too():
     target = ChatTree(segment_engine=FakeEngine(speak=speak), tokenizer=FakeTokenizer())
     outputs = rollout(requests('a', 'b', mode='independent'), target)
     assert all(o.rollout_infos['num_turns'] == 3 and 'tree' not in o.rollout_infos for o in outputs)
+
+
+def test_a_trace_holds_what_environments_said():
+    batch = requests(*['prompt'] * 4, config=CONFIG)
+    for request in batch:
+        request.data_dict['treepo'] = {**request.data_dict['treepo'], 'trace': True}
+    outputs = rollout(batch, ChatTree(segment_engine=FakeEngine(speak=speak), tokenizer=FakeTokenizer()), seed=1)
+    trace = TreeTrace.from_dict(outputs[0].rollout_infos[TRACE_KEY])
+    said = [node for node in trace.nodes if not node.sampled]
+    assert {decode(node.token_ids).strip('|') for node in said} == {*ChatTree.questions}
+    assert not any(node.logprobs for node in said)
+    scored = [Scored(TreeReport.from_dict(tree_of(o)), 1.0, {'right': 1.0}, 0.5, None) for o in outputs]
+    record = record_of(trace, scored, Moment('now', 1, 'train', 'treepo', 'whiten'))
+    for path, output in zip(record.paths(), outputs, strict=True):
+        sampled = [token for node in path if node.kind == 'segment' for token in node.tokens]
+        assert sampled == [token for turn in output.response_token_ids for token in turn]
+        assert [node.kind for node in path].count('environment') == 2

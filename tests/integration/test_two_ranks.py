@@ -15,6 +15,11 @@ from tests.integration.test_trainer import advantages, build_trainer, report
 torch = pytest.importorskip('torch')
 pytest.importorskip('swift')
 
+from tests.integration.test_trees_file import Bytes
+from treepo_swift.trainer.tree_writer import TreeWriter
+from treepo_swift.view import load
+from treepo_swift.wire.trace import TracedNode, TreeTrace
+
 TREES, WIDTH = 3, 4
 FAILED = 6
 """Index of the one failed trajectory, in the middle tree."""
@@ -42,8 +47,25 @@ def batch() -> tuple[list[dict[str, Any]], list[float]]:
     return reports, rewards
 
 
-def compute(rank: int, world: int) -> list[list[list[float]]]:
-    """For every case the advantages of this rank's tokens; it holds every `world`-th part of the batch."""
+def traces(reports: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The trace of each tree, by the index of its first trajectory: a token a loss token."""
+    found: dict[int, dict[str, Any]] = {}
+    for first in range(0, len(reports), WIDTH):
+        nodes: dict[int, TracedNode] = {}
+        for one in reports[first : first + WIDTH]:
+            for depth, (node, count) in enumerate(zip(one['nodes'], one['tokens'], strict=True), 1):
+                parent = one['nodes'][depth - 2] if depth > 1 else 0
+                nodes[node] = TracedNode(node, parent, depth, True, [97] * count, [-1.0] * count, None)
+        leaves = [(one['nodes'] or [0])[-1] for one in reports[first : first + WIDTH]]
+        found[first] = TreeTrace(reports[first]['id'], [98], [nodes[id] for id in sorted(nodes)], leaves).to_dict()
+    return found
+
+
+def compute(rank: int, world: int, folder: str) -> list[list[list[float]]]:
+    """For every case the advantages of this rank's tokens; it holds every `world`-th part of the batch.
+
+    The last case also writes its trees to `folder`.
+    """
     reports, rewards = batch()
     part = len(reports) // world
     mine = slice(rank * part, (rank + 1) * part)
@@ -56,7 +78,16 @@ def compute(rank: int, world: int) -> list[list[list[float]]]:
             for index in (1, 9):
                 if mine.start <= index < mine.stop:
                     samples[index - mine.start].finish_reason = 'length'
+            if (config, overlong) == (CASES[-1], True):
+                trainer._tree_writer = TreeWriter(
+                    Path(folder), Bytes(), trainer.tree_config, rank=rank, warn=pytest.fail
+                )
+                for index, trace in traces(reports).items():
+                    if mine.start <= index < mine.stop:
+                        samples[index - mine.start].rollout_infos['tree_trace'] = trace
             results.append(advantages(trainer, samples))
+            if trainer._tree_writer is not None:
+                trainer._tree_writer.close()
             assert trainer._metrics['train']['tree/stop/failed'] == [pytest.approx(1 / len(reports))]
     return results
 
@@ -74,7 +105,7 @@ def two_ranks(rank: int, port: int, folder: str) -> None:
 
     state = PartialState(cpu=True, backend='gloo')
     assert state.num_processes == 2
-    torch.save(compute(rank, 2), Path(folder) / f'rank{rank}.pt')
+    torch.save(compute(rank, 2, folder), Path(folder) / f'rank{rank}.pt')
     state.destroy_process_group()
 
 
@@ -82,7 +113,7 @@ def one_rank(folder: str) -> None:
     from accelerate import PartialState
 
     PartialState(cpu=True)
-    torch.save(compute(0, 1), Path(folder) / 'alone.pt')
+    torch.save(compute(0, 1, f'{folder}/alone'), Path(folder) / 'alone.pt')
 
 
 def test_two_ranks_agree_with_one(tmp_path, loaded):
@@ -99,6 +130,11 @@ def test_two_ranks_agree_with_one(tmp_path, loaded):
     assert [process.exitcode for process in ranks] == [0, 0, 0]
     first, second, alone = (torch.load(tmp_path / f'{name}.pt') for name in ('rank0', 'rank1', 'alone'))
     assert len(alone) == 2 * len(CASES)
+    # The middle tree lies on both ranks; the first one writes it, with what both know.
+    written = [[(r.tree, r.trajectories) for r in load(tmp_path / name)] for name in ('', 'alone')]
+    assert written[0] == written[1] and [id for id, _ in written[0]] == ['t0', 't1', 't2']
+    files = sorted((tmp_path / 'trees').iterdir())
+    assert [len(file.read_text().splitlines()) for file in files] == [2, 1]
     for case, (a, b, expected) in enumerate(zip(first, second, alone, strict=True)):
         rows = a + b
         assert len(rows) == len(expected) == TREES * WIDTH

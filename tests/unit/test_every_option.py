@@ -81,6 +81,7 @@ ELSEWHERE = {
     'shared_prefix.enabled': f'{SHARED}::test_it_can_be_switched_off',
     'shared_prefix.skip_old_logprobs': f'{SHARED}::test_old_log_probs_are_left_out_only_where_asked',
     'shared_prefix.max_tokens': f'{SHARED}::test_what_does_not_fit_is_not_joined',
+    'trace.rate': f'{SCHEDULER}::test_a_trace_goes_with_the_first_trajectory_where_it_is_asked_for',
     'seed': f'{SCHEDULER}::test_the_configs_seed_and_the_step_change_the_tree',
     'faults.max_retries': f'{SCHEDULER}::test_engine_errors_are_retried_and_then_grown_around',
     'faults.max_failure_fraction': f'{SCHEDULER}::test_an_engine_that_is_gone_is_one_clear_error',

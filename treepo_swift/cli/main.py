@@ -7,9 +7,9 @@ import sys
 
 from treepo_swift.compat.quiet_exit import quiet_exit
 
-from . import bench, config, doctor, plugin, simulate
+from . import bench, config, doctor, plugin, simulate, view
 
-COMMANDS = {'doctor': doctor, 'plugin': plugin, 'config': config, 'bench': bench, 'simulate': simulate}
+COMMANDS = {'doctor': doctor, 'plugin': plugin, 'config': config, 'view': view, 'bench': bench, 'simulate': simulate}
 
 
 def main(argv: list[str] | None = None) -> int:

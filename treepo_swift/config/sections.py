@@ -337,6 +337,13 @@ class SharedPrefix(Section):
     Not given: as many as need no more memory than one micro-batch row by row."""
 
 
+class Trace(Section):
+    """Trees on disk: `--log_completions true` of `swift rlhf` writes them, `treepo-swift view` shows them."""
+
+    rate: Annotated[float, Strict(), Field(ge=0, le=1)] = 1.0
+    """Share of the trees that are written, for large runs. Which of them follows from their ids."""
+
+
 # What goes wrong, and what is checked.
 
 

@@ -23,6 +23,7 @@ from .sections import (
     SegmentFallback,
     SharedPrefix,
     Stop,
+    Trace,
     TreepoAdvantage,
     WidthBudget,
 )
@@ -102,6 +103,8 @@ class TreeConfig(Section):
     """How rewards become advantages."""
     shared_prefix: SharedPrefix = SharedPrefix()
     """What training computes once."""
+    trace: Trace = Trace()
+    """Which trees `--log_completions true` keeps on disk ([viewer.md](viewer.md))."""
     eval_trees: Flag = False
     """Evaluate on trees too. `false` samples the answers to an evaluation prompt independently."""
     faults: Faults = Faults()

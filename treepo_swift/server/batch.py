@@ -20,6 +20,7 @@ from treepo_swift.wire.groups import Group, group_requests, prompt_key, prompt_t
 from treepo_swift.wire.note import RequestNote
 from treepo_swift.wire.packing import PackedOutputs
 from treepo_swift.wire.report import BatchReport, EngineCounters
+from treepo_swift.wire.trace import is_traced
 
 from .admission import KV_SHARE, Admission, Forecast
 from .concurrency import BackgroundTasks, Rendezvous, all_or_cancel, task_group
@@ -262,8 +263,14 @@ class RolloutBatch:
         self._failures.add_tree(tree.search)
         members = tree.group.members
         requests = [self._requests[position] for position in members]
-        with_report = self._notes[members[0]].mode == 'tree'
-        outputs = self._server.writer.tree(requests, tree.prompt, tree.search.tree, with_report=with_report)
+        note, grown = self._notes[members[0]], tree.search.tree
+        outputs = self._server.writer.tree(
+            requests,
+            tree.prompt,
+            grown,
+            with_report=note.mode == 'tree',
+            with_trace=note.trace and is_traced(grown.id, self._config.trace.rate),
+        )
         self._outputs.add(members, outputs)
         if tree.search.width > 1:
             self._server.forecast.learn(tree.search.tree.stats.decoded_tokens)

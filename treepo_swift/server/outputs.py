@@ -18,6 +18,7 @@ from swift.infer_engine.protocol import (
 from treepo_swift.core.tree import Path, StopReason, Tree, response_ids, sampled_tokens
 from treepo_swift.wire.note import REQUEST_KEY
 from treepo_swift.wire.report import FAILURE_KEY, MAX_ERROR, REPORT_KEY, BatchReport, TreeReport
+from treepo_swift.wire.trace import TRACE_KEY, TreeTrace
 
 from .replies import Response, Turn, data_of, ended_turn, loss_tokens
 
@@ -93,14 +94,23 @@ class OutputWriter:
         return ChatCompletionResponseChoice(0, ChatMessage('assistant', content), stop.finish_reason)
 
     def tree(
-        self, requests: Sequence[RolloutInferRequest], prompt: Prompt, tree: Tree, *, with_report: bool
+        self,
+        requests: Sequence[RolloutInferRequest],
+        prompt: Prompt,
+        tree: Tree,
+        *,
+        with_report: bool,
+        with_trace: bool = False,
     ) -> list[RolloutOutput]:
         """An output for each of a tree's requests; without a report they train as plain GRPO does."""
         prefix = self.prefix(requests[0])
-        return [
+        outputs = [
             self._trajectory(request, prompt, tree, index, prefix, with_report)
             for index, request in enumerate(requests)
         ]
+        if with_report and with_trace:
+            outputs[0].rollout_infos[TRACE_KEY] = TreeTrace.of(tree).to_dict()
+        return outputs
 
     def _trajectory(
         self,

@@ -122,11 +122,12 @@ class TreeMegatronGRPOTrainer(ProofMixin, MegatronGRPOTrainer):
         if reports is None:
             return plain
         self._log_trees()
-        rewards = self._weigh(self._all(rewards_per_func))
+        rewards_per_func = self._all(rewards_per_func)
+        rewards = self._weigh(rewards_per_func)
         if kl_values is not None:
             rewards = rewards - self.beta * kl_values
         kept = self._gather_lists([int(not (self.overlong_filter and s.is_truncated)) for s in samples])
-        advantages = self._estimate(samples, reports, rewards, kept)
+        advantages = self._estimate(samples, reports, rewards, kept, rewards_per_func)
         segments, self._segment_advantages = self._segment_advantages, None
         mine = self._of_this_rank(samples, reports)
         self._sampled = list(zip(mine, segments or [None] * len(mine), strict=True))

@@ -40,9 +40,6 @@ class ProofMixin(TreesMixin):
         """Types that a forward pass here computes in."""
         raise NotImplementedError
 
-    def _tokenizer(self) -> Any:
-        return self.processing_class
-
     # Comparing.
 
     def _set_up_trees(self, asked: TreeArguments) -> None:

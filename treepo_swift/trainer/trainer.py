@@ -132,7 +132,7 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
             rewards = rewards - self.beta * gather(torch.cat(kl))
         self._check_alignment(reports, batches)
         kept = gather_object([n for b in batches for n in self._loss_mask(b).sum(-1).tolist()])
-        advantages = self._estimate(samples, reports, rewards, kept)
+        advantages = self._estimate(samples, reports, rewards, kept, rewards_per_func)
         return torch.tensor(advantages, dtype=plain.dtype, device=plain.device)
 
     def _postprocess_batch(self, samples: list[Any], batch_encoded_inputs: list[dict[str, Any]]) -> None:

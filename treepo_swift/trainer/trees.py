@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from .ranks import Ranks
 from .rewards import find_reward_fault, set_missing_gym_rewards, settle_placeholders
 from .rollout import RankRollout, plant_in_process, rollout_note, together
 from .servers import keep_alive
+from .tree_writer import TreeWriter
 
 if TYPE_CHECKING:
     from swift.rlhf_trainers import GRPOTrainer as _Trainer
@@ -64,6 +66,8 @@ class TreesMixin(_Trainer):
     """The trees of this process's engine; None in server mode, and in a run without trees."""
     _servers: TreeServers | None = None
     """On the main process in server mode only."""
+    _tree_writer: TreeWriter | None = None
+    """Where ``--log_completions true`` keeps this rank's trees."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._rounds: list[RolloutRound] = []
@@ -80,6 +84,9 @@ class TreesMixin(_Trainer):
 
     def _is_training(self) -> bool:
         raise NotImplementedError
+
+    def _tokenizer(self) -> Any:
+        return self.processing_class
 
     def _evaluates(self) -> bool:
         """Whether the next rollout is for an evaluation."""
@@ -105,6 +112,7 @@ class TreesMixin(_Trainer):
         elif self._ranks().is_main:
             self._meet_servers(asked)
         self._keep_config()
+        self._tree_writer = self._new_tree_writer()
 
     def _meet_servers(self, asked: TreeArguments) -> None:
         client = self.vllm_client
@@ -119,6 +127,16 @@ class TreesMixin(_Trainer):
         self.trees_here = together(
             lambda: plant_in_process(self.engine, asked.tree_scheduler, self.tree_config, asked), self._gather_lists
         )
+
+    def _new_tree_writer(self) -> TreeWriter | None:
+        config, ranks = self.tree_config, self._ranks()
+        if not self.args.log_completions or not config.trace.rate:
+            return None
+        folder = Path(self.args.output_dir)
+        writer = TreeWriter(folder, self._tokenizer(), config, rank=ranks.index, warn=logger.warning)
+        if ranks.is_main:
+            logger.info(f'treepo: trees are written to {writer.path.parent}; `treepo-swift view {folder}` shows them.')
+        return writer
 
     def _keep_config(self) -> None:
         config, directory = self.tree_config, Path(self.args.output_dir)
@@ -163,7 +181,7 @@ class TreesMixin(_Trainer):
 
     def _request_note(self) -> RequestNote:
         evaluates = self._evaluates()
-        return rollout_note(
+        note = rollout_note(
             self.tree_config,
             width=self.num_generations_eval if evaluates else self.num_generations,
             step=self.state.global_step,
@@ -171,6 +189,7 @@ class TreesMixin(_Trainer):
             evaluates=evaluates,
             packed=self.trees_here is None,
         )
+        return dataclasses.replace(note, trace=self._tree_writer is not None and note.mode == 'tree')
 
     def _rollout_here(self, requests: Sequence[RolloutInferRequest], request_config: RequestConfig) -> list[Any]:
         """The outputs of this rank's requests, from the engines of all ranks."""
@@ -227,14 +246,32 @@ class TreesMixin(_Trainer):
     # Advantages.
 
     def _estimate(
-        self, samples: Sequence[Any], reports: Sequence[TreeReport], rewards: torch.Tensor, kept: Sequence[int]
+        self,
+        samples: Sequence[Any],
+        reports: Sequence[TreeReport],
+        rewards: torch.Tensor,
+        kept: Sequence[int],
+        rewards_per_func: torch.Tensor,
     ) -> list[float]:
         """Advantages of all samples over all ranks [N]; of segment-level ones, each trajectory's mean.
 
-        `samples` are this rank's; the others are of all ranks: reports, total rewards [N], and whether (not 0) a
-        trajectory has tokens in the loss. What is different for each segment stays in `_segment_advantages`.
+        `samples` are this rank's; the others are of all ranks: reports, total rewards [N], whether (not 0) a
+        trajectory has tokens in the loss, and rewards [N, functions]. What is different for each segment stays in
+        `_segment_advantages`.
         """
         advantages = tree_advantages(reports, rewards.tolist(), kept, self.tree_config)
+        if self._tree_writer is not None:
+            training = self._is_training()
+            self._tree_writer.add(
+                samples,
+                reports,
+                rewards=rewards.tolist(),
+                rewards_per_function=rewards_per_func.tolist(),
+                names=self.reward_func_names,
+                advantages=advantages,
+                step=self.state.global_step + training,
+                mode='train' if training else 'eval',
+            )
         if is_segment_level(self.tree_config.advantage.estimator):
             begin = sum(self._gather_lists([len(samples)])[: self._ranks().index])
             self._segment_advantages = advantages[begin : begin + len(samples)]

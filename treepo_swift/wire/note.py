@@ -10,7 +10,7 @@ from typing import Any
 from treepo_swift.config import TreeConfig
 
 REQUEST_KEY = 'treepo'
-PROTOCOL = 3
+PROTOCOL = 4
 """Raised when the note or the report changes its meaning, so that mixed versions refuse each other."""
 
 MODES = ('tree', 'independent', 'probe')
@@ -35,6 +35,8 @@ class RequestNote:
     token_ids: list[int] | None = None
     packed: bool = False
     """Whether the trainer takes `PackedOutputs`."""
+    trace: bool = False
+    """Whether the trainer writes trees to disk: a `TreeTrace` goes with the share `trace.rate` of them."""
     protocol: int = PROTOCOL
 
     @property
