@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from treepo_swift.core.failure import NodeFailure
 from treepo_swift.core.messages import Segment
 from treepo_swift.wire.report import EngineCounters
 
@@ -13,13 +14,17 @@ if TYPE_CHECKING:
     from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest
 
 
-class EngineError(RuntimeError):
+class EngineError(NodeFailure):
     """The engine gave no usable answer to one request."""
 
-    def __init__(self, message: str, *, kind: str = 'the engine gave no usable answer') -> None:
-        """`kind` is what errors have in common that are counted together."""
-        super().__init__(message)
-        self.kind = kind
+    def __init__(
+        self,
+        message: str,
+        *,
+        kind: str = 'the engine gave no usable answer',
+        remedy: str = "Look for the first error in the engine's log, above; restart it where it does not recover.",
+    ) -> None:
+        super().__init__(message, kind=kind, remedy=remedy)
 
 
 class EngineGone(RuntimeError):
@@ -71,6 +76,8 @@ class SegmentEngine(Protocol):
     info: EngineInfo
     stop_strings: list[str]
     """The batch's stop strings, those that the user asked for."""
+    answers: int
+    """Grows with whatever comes of requests, if only a part of a segment."""
 
     async def encode(self, request: RolloutInferRequest) -> Prompt:
         """Turn messages (and images, tools) into token ids. Raises whatever the template raises."""

@@ -13,7 +13,7 @@ from swift.infer_engine.protocol import RolloutInferRequest
 
 from treepo_swift.wire.note import REQUEST_KEY, RequestNote
 
-from .outputs import RolloutError
+from .failures import RolloutError
 
 SWIFT_PLACEHOLDER = [{'role': 'user', 'content': '<placeholder>'}]
 """What swift sends to a server that has no requests this time, to ignore the answer."""

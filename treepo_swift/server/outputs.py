@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from .engine import Prompt, SegmentEngine
 
 
-class RolloutError(RuntimeError):
-    """A rollout that can not be delivered; the message says why and what to do."""
-
-
 class RolloutFailure:
     """What `async_infer` returns instead of outputs when a rollout failed.
 

@@ -22,13 +22,18 @@ from treepo_swift.core.messages import Segment
 from treepo_swift.core.tree import StopReason
 from treepo_swift.wire.report import EngineCounters
 
-from .engine import EngineError, EngineInfo, Placement, Prompt, check_request_config
+from .engine import EngineError, EngineGone, EngineInfo, Placement, Prompt, check_request_config
 
 if TYPE_CHECKING:
     from swift.infer_engine import GRPOVllmEngine
     from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest
 
 ENCODE_THREADS = 4
+SIGN_OF_LIFE_TOKENS = 256
+"""A response that comes whole says nothing while it is sampled. The engine is asked for a word after so many tokens, so
+that one that works on long answers is not taken for one that hangs."""
+DEAD = ('EngineDeadError',)
+"""What vLLM raises when there is nobody to ask again, by name: modules and base classes differ between versions."""
 
 
 class SegmentBuffer:
@@ -97,6 +102,8 @@ class VllmSegmentEngine:
         )
         self._by_priority = config.scheduler_config.policy == 'priority'
         self._encoders = encoding_threads()
+        self.answers = 0
+        """Outputs of all requests so far, also parts of segments: what tells an engine that works from one that hangs."""
         self._sampling: Any = None
         self._with_entropies = False
         self.stop_strings: list[str] = []
@@ -167,6 +174,9 @@ class VllmSegmentEngine:
             # and that its last KV block is in the cache for forks.
             sampling.output_kind = RequestOutputKind.DELTA
             self._stream_by(segment_tokens, sampling)
+        elif max_tokens > SIGN_OF_LIFE_TOKENS and self._features.stream_interval != 'none':
+            sampling.output_kind = RequestOutputKind.DELTA
+            self._stream_by(SIGN_OF_LIFE_TOKENS, sampling)
         buffer, cached, finished, sampled = SegmentBuffer(segment_tokens), None, False, 0
         async with aclosing(self._request(prompt, response_ids, sampling, self._lora, placement)) as outputs:
             async for output in outputs:
@@ -229,7 +239,7 @@ class VllmSegmentEngine:
             list(response_ids), first_token=first, template_inputs=prompt.inputs['template_inputs']
         )
 
-    def _request(
+    async def _request(
         self, prompt: Prompt, response_ids: Sequence[int], sampling: Any, lora: Any, placement: Placement
     ) -> AsyncGenerator[Any, None]:
         inputs = {**prompt.engine_inputs, 'prompt_token_ids': prompt.token_ids + list(response_ids)}
@@ -237,7 +247,7 @@ class VllmSegmentEngine:
             # Nothing to render: vLLM takes the request without a detour through its renderer's threads.
             inputs['type'] = 'token'
         lora = lora or self._engine.default_adapter_request
-        return self._vllm.generate(
+        outputs = self._vllm.generate(
             inputs,
             sampling,
             # An id of our own for every request: vLLM aborts by id, and one id must never mean two requests.
@@ -246,6 +256,18 @@ class VllmSegmentEngine:
             priority=placement.priority if self._by_priority else 0,
             data_parallel_rank=placement.rank if self.info.ranks > 1 else None,
         )
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    self.answers += 1
+                    yield output
+        except Exception as e:
+            if type(e).__name__ not in DEAD:
+                raise
+            raise EngineGone(
+                f"vLLM's engine has died ({type(e).__name__}: {e}). Its own log, above, has the cause, often memory. "
+                'Restart `swift rollout`, then resume the training from its last checkpoint.'
+            ) from e
 
     def _sampled(self, completion: Any) -> tuple[Sequence[int], list[float], list[float] | None]:
         """Tokens, their log-probs, and entropies where those were asked for."""
@@ -256,8 +278,6 @@ class VllmSegmentEngine:
             return self._sampled_of_steps(token_ids, flat)
         # The sampled token comes first at each position.
         logprobs = [flat.logprobs[start] for start in flat.start_indices]
-        if not all(map(math.isfinite, logprobs)):
-            raise EngineError('the engine returned a log-prob that is not finite')
         if not self._with_entropies:
             return token_ids, logprobs, None
         known = (
@@ -271,8 +291,6 @@ class VllmSegmentEngine:
     ) -> tuple[Sequence[int], list[float], list[float] | None]:
         """The same where vLLM gives a dictionary a token."""
         logprobs = [float(step[token].logprob) for step, token in zip(steps, token_ids, strict=True)]
-        if not all(map(math.isfinite, logprobs)):
-            raise EngineError('the engine returned a log-prob that is not finite')
         if not self._with_entropies:
             return token_ids, logprobs, None
         return token_ids, logprobs, [entropy([known.logprob for known in step.values()]) for step in steps]
