@@ -103,7 +103,7 @@ class VllmSegmentEngine:
         self._by_priority = config.scheduler_config.policy == 'priority'
         self._encoders = encoding_threads()
         self.answers = 0
-        """Outputs of all requests so far, also parts of segments: what tells an engine that works from one that hangs."""
+        """Outputs of all requests so far, also parts of segments: what tells an engine that works from a hung one."""
         self._sampling: Any = None
         self._with_entropies = False
         self.stop_strings: list[str] = []
