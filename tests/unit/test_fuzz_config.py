@@ -1,4 +1,4 @@
-"""Whatever a config says: it is taken, or refused with a `ConfigError` that names what is wrong. Never anything else."""
+"""Whatever a config says: it is taken, or refused with a `ConfigError` that names what is wrong."""
 
 from __future__ import annotations
 

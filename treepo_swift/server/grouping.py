@@ -43,7 +43,9 @@ def _take_note(request: RolloutInferRequest, require_trainer: bool) -> RequestNo
     values = request.data_dict.pop(REQUEST_KEY, None)
     if values is not None:
         if not isinstance(values, dict):
-            raise ValueError(f'data_dict[{REQUEST_KEY!r}] of a request is a {type(values).__name__}, not a note of ours.')
+            raise ValueError(
+                f'data_dict[{REQUEST_KEY!r}] of a request is a {type(values).__name__}, not a note of ours.'
+            )
         return RequestNote.from_dict(values)
     if request.messages == SWIFT_PLACEHOLDER:
         return RequestNote(mode='independent')

@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from treepo_swift.compat.maths import check_maths_in_processes
 from treepo_swift.compat.thread_safety import let_math_verify_run_in_threads
 from treepo_swift.core.failure import NodeFailure
 
@@ -50,6 +51,7 @@ class HookRunner:
 
     def __init__(self) -> None:
         let_math_verify_run_in_threads()
+        check_maths_in_processes()
         self._threads = HookThreads(MAX_HOOK_THREADS)
         self._hung_tasks: dict[asyncio.Task[Any], str] = {}
         """Async hooks that did not end when they were cancelled, with their names."""

@@ -37,7 +37,6 @@ class WireError(ValueError):
     """An answer that can not be read: cut short, changed on the way, hostile, or of another version."""
 
 
-
 class PackedOutputs:
     """What `async_infer` returns instead of outputs to a trainer that unpacks them.
 
@@ -74,8 +73,8 @@ def unpack(text: str) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
         what = versions if writer not in (None, __version__) else f'has {len(text):,} characters'
         problem = one_line(f'{type(e).__name__}: {e}', 200)
         raise WireError(
-            f"A rollout server's packed answer can not be read ({problem}). It {what}. Install the same treepo_swift on "
-            'both sides, and see whether a proxy between them cuts or changes answers.'
+            f"A rollout server's packed answer can not be read ({problem}). It {what}. Install the same treepo_swift "
+            'on both sides, and see whether a proxy between them cuts or changes answers.'
         ) from e
 
 

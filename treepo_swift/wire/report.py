@@ -117,8 +117,8 @@ class TreeReport:
             )
         except (TypeError, ValueError, LookupError, AttributeError) as e:
             raise ValueError(
-                f"A rollout server's report of a trajectory can not be read ({type(e).__name__}: {e}). Install the same "
-                'treepo_swift on both sides.'
+                f"A rollout server's report of a trajectory can not be read ({type(e).__name__}: {e}). Install the "
+                'same treepo_swift on both sides.'
             ) from e
 
     @classmethod
