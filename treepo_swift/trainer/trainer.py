@@ -25,6 +25,7 @@ from treepo_swift.wire.report import FAILURE_KEY, REPORT_KEY, TreeReport
 
 from .colocate import ColocateMixin
 from .metrics import EvaluationFailures, RolloutRound, tree_metrics
+from .reward_watch import watched_rewards
 from .rewards import find_reward_fault, set_missing_gym_rewards, settle_placeholders, spread_over_tokens
 from .rollout import probe_servers, rollout_note
 from .shared_prefix.mixin import SharedPrefixMixin
@@ -93,9 +94,13 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
 
     def _keep_config(self) -> None:
         config, directory = self.tree_config, Path(self.args.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG_FILE).write_text(config.to_yaml())
-        logger.info(f'treepo: the whole tree config is in {directory / CONFIG_FILE}.')
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / CONFIG_FILE).write_text(config.to_yaml())
+            logger.info(f'treepo: the whole tree config is in {directory / CONFIG_FILE}.')
+        except OSError as e:
+            # A full disk ends a run where swift saves a checkpoint, on all ranks; not here, on one of them.
+            logger.warning(f'treepo: {directory / CONFIG_FILE} could not be written ({e}); the run goes on without it.')
         logger.info(
             f'treepo: advantages by estimator={config.advantage.estimator!r} and normalisation='
             f'{config.advantage.normalisation!r}; --scale_rewards applies to samples without a tree only.'
@@ -249,7 +254,8 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
         """Rewards of one rollout over all ranks [N, functions], checked; remembers the rollout for the metrics."""
         if self.use_gym_env and self.grows_trees:
             set_missing_gym_rewards([sample.rollout_infos for sample in samples])
-        rewards = super()._compute_rewards_per_func(samples)
+        with watched_rewards(self, logger.warning, gather_object):
+            rewards = super()._compute_rewards_per_func(samples)
         reports = self._gather_reports(samples)
         if reports is None:
             if self.grows_trees:
