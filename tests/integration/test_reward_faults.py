@@ -15,7 +15,7 @@ pytest.importorskip('swift')
 pytest.importorskip('vllm')
 
 from tests.integration.colocate_fakes import Ranks
-from tests.integration.test_trainer import FLAT, advantages, build_trainer, listening
+from tests.integration.test_trainer import FLAT, advantages, build_trainer, listening, report
 from treepo_swift.trainer.reward_watch import RewardWatch, watched_rewards
 
 
@@ -92,6 +92,18 @@ def test_healthy_rewards_are_what_they_were_and_leave_no_thread():
     )
     assert advantages(trainer, samples)[0][0] == pytest.approx(0.75)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize('estimator', ['treepo', 'grpo', 'rloo', 'progress', 'spo', 'treerl'])
+@pytest.mark.parametrize('healthy', [0, 1])
+def test_a_tree_with_one_healthy_leaf_or_none_moves_nothing(estimator, healthy):
+    lost = [report('v', [9], [3])] * healthy + [report('v', [], [], 'failed')] * (4 - healthy)
+    config = dict(estimator=estimator, normalisation='none')
+    trainer, samples = build_trainer([*FLAT, *lost], [1.0, 0, 0, 0, 1.0, 9.0, 9.0, 9.0], config=config)
+    rows = advantages(trainer, samples)
+    assert rows[4:] == [[0.0] * 3] * healthy + [[]] * (4 - healthy)
+    alone, few = build_trainer(FLAT, [1.0, 0, 0, 0], config=config)
+    assert rows[:4] == advantages(alone, few)
 
 
 def test_a_full_disk_does_not_end_one_rank_of_several(monkeypatch, caplog, tmp_path):
