@@ -32,6 +32,7 @@ USED = (
     # Replaced on an instance or a class.
     'swift.template.base:Template._add_dynamic_eos',
     'swift.arguments.deploy_args:RolloutArguments._check_device_count',
+    'swift.rewards.orm:MathAccuracy.__call__',
     # Called, though private.
     'swift.infer_engine.grpo_vllm_engine:GRPOVllmEngine._get_grpo_lora_request_async',
     f'{ENGINE}._prepare_generation_config',

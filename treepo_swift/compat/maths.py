@@ -141,8 +141,8 @@ def check_maths_in_processes() -> None:
     """
     if importlib.util.find_spec('math_verify') is None or importlib.util.find_spec('swift') is None:
         return
-    cls: Any = importlib.import_module('swift.rewards.orm').MathAccuracy
-    if not hasattr(cls.__call__, _MARK):
+    cls: Any = getattr(importlib.import_module('swift.rewards.orm'), 'MathAccuracy', None)
+    if cls is not None and not hasattr(cls.__call__, _MARK):
         cls.__call__ = _in_process_outside_main_thread(cls.__call__)
 
 
