@@ -18,7 +18,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from treepo_swift.compat.capabilities import VllmFeatures, vllm_features
 from treepo_swift.core.tree import StopReason
-from treepo_swift.server.engine import EngineError, Placement, Prompt
+from treepo_swift.server.engine import EngineError, EngineGone, Placement, Prompt
 from treepo_swift.server.vllm_engine import VllmSegmentEngine
 
 
@@ -246,3 +246,28 @@ def test_entropies_count_each_outcome_once(flat):
 def test_a_request_that_breaks_off_is_an_error():
     with pytest.raises(EngineError, match='without an output'):
         sample(engine(gone_after=40), 96, 32)
+
+
+@pytest.mark.parametrize('stream_interval, chunks', [('request', 4), ('engine', 4), ('none', 1)])
+def test_a_long_response_that_comes_whole_shows_signs_of_life(stream_interval, chunks):
+    """An engine that says nothing for long counts as hung, so that one that works has to say something."""
+    target = engine(has=features(stream_interval=stream_interval))
+    (segment,) = sample(target, 600, 600)
+    assert len(segment.token_ids) == 600 and segment.stop is None
+    assert target.answers == target._vllm.chunks == chunks
+
+
+def test_a_dead_engine_is_gone_for_requests_and_for_scores():
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    target = engine()
+
+    async def dead(*args, **options):
+        raise EngineDeadError
+        yield
+
+    target._vllm.generate = dead
+    with pytest.raises(EngineGone, match="vLLM's engine has died .*Restart `swift rollout`"):
+        sample(target, 32, 32)
+    with pytest.raises(EngineGone, match="vLLM's engine has died"):
+        asyncio.run(target.score([1, 2]))
