@@ -17,11 +17,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 pytest.importorskip('swift')
+pytest.importorskip('vllm')
 
 from swift.infer_engine.protocol import RequestConfig
 
 from tests.builders import grow, sample
 from tests.fuzz import examples
+from tests.integration.colocate_fakes import Llm, SwiftEngine
 from tests.integration.fake_engine import FakeEngine, FakeTokenizer
 from tests.integration.test_scheduler import requests, tree_of
 from treepo_swift.advantage.batch import tree_advantages
@@ -30,6 +32,9 @@ from treepo_swift.core.messages import Segment
 from treepo_swift.core.tree import StopReason, response_ids
 from treepo_swift.server import hooks
 from treepo_swift.server.batch import RolloutBatch
+from treepo_swift.server.colocate import ColocateTrees
+from treepo_swift.server.engine import EngineGone
+from treepo_swift.server.failures import RolloutError
 from treepo_swift.server.grower import CpuClock
 from treepo_swift.server.scheduler import RolloutFailure, TreeRolloutScheduler
 from treepo_swift.wire.note import RequestNote
@@ -220,6 +225,35 @@ def test_invariants_hold_whatever_goes_wrong(prompts, width, config, engine, fau
         check_outputs(batch, answer, config)
     # What is left of the environments is none's.
     assert not turns or not target.baskets or 'hangs' in faults.kinds or 'start' in str(answer)
+
+
+@given(PROMPTS, st.integers(1, 4), schedules(HOOKS), st.integers(0, 400))
+@examples(10)
+@example(['a'], 3, Schedule(0, 0.3, HOOKS), 0)
+@example(['a', 'b'], 3, Schedule(0, 0, ()), 25)
+def test_invariants_hold_in_colocate_mode_too(prompts, width, faults, last_step):
+    """Hooks misbehave, and the engine may fail for good in a step."""
+
+    def step(number: int) -> bool:
+        if number == last_step:
+            raise MemoryError('out of memory')
+        return True
+
+    class Colocated(Shop):
+        schedule = faults
+
+    config = QUICK.replace(max_depth=3, fallback='root')
+    llm = Llm(before_step=step)
+    before, hooks.GRACE_SECONDS = hooks.GRACE_SECONDS, 0.02
+    batch = requests(*[prompt for prompt in prompts for _ in range(width)], config=config, num_generations=width)
+    trees = ColocateTrees(SwiftEngine(llm), Colocated, config)
+    try:
+        check_outputs(batch, trees.rollout(batch, RequestConfig(max_tokens=24, temperature=1.0, seed=1)), config)
+    except (RolloutError, EngineGone) as e:
+        assert len(str(e).split()) > 8 and '\x1b' not in str(e)
+    finally:
+        hooks.GRACE_SECONDS = before
+    assert trees._stepped.running == 0 and (not llm.requests or llm.steps == last_step)
 
 
 @given(st.lists(st.sampled_from('abc'), min_size=1, max_size=3), st.integers(1, 6), configs(), st.integers(0, 99))
