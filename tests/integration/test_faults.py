@@ -477,6 +477,24 @@ def test_the_batch_after_a_failed_one_is_what_it_would_have_been(fault):
     assert fault != 'bug' or 'an error that treepo did not expect: AssertionError at' in failure.message
 
 
+@pytest.mark.parametrize(
+    'change, said',
+    [
+        ({'protocol': 99}, 'RefusedRequest: The trainer speaks treepo protocol 99'),
+        ({'mode': 'forest'}, "RefusedRequest: mode='forest' in a treepo request: allowed are tree"),
+        ({'leaves': 8}, "RefusedRequest: 'leaves' in a treepo request, which this version does not know"),
+        ({'config': {'branching': 'odd', 'max_depth': 2}}, "ConfigError: Unknown branching policy 'odd': allowed are"),
+        ({'config': {'depth': 3}}, "ConfigError: the trainer's TreeConfig: unknown key 'depth'"),
+    ],
+)
+def test_a_request_that_can_not_be_served_is_refused_in_a_sentence(change, said):
+    batch = requests(*'aa', config=config())
+    for request in batch:
+        request.data_dict['treepo'].update(change)
+    failure = asyncio.run(scheduler().async_infer(batch, RequestConfig(max_tokens=64)))
+    assert isinstance(failure, RolloutFailure) and failure.message.startswith(said)
+
+
 def test_a_resumed_run_gets_the_trees_that_it_would_have_got():
     """Seeds follow the trainer's step: a fresh server and trainer at step 5 grow what step 5 grew before."""
 

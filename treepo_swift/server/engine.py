@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from treepo_swift.core.failure import NodeFailure
 from treepo_swift.core.messages import Segment
+from treepo_swift.wire.note import RefusedRequest
 from treepo_swift.wire.report import EngineCounters
 
 if TYPE_CHECKING:
@@ -120,15 +121,15 @@ class SegmentEngine(Protocol):
 def check_request_config(request_config: RequestConfig) -> None:
     """Refuse sampling options that can not hold when a response is sampled in pieces."""
     if request_config.n != 1:
-        raise ValueError(f'request_config.n={request_config.n}: a tree answers every request once, n must be 1.')
+        raise RefusedRequest(f'request_config.n={request_config.n}: a tree answers every request once, n must be 1.')
     if request_config.structured_outputs_regex:
-        raise ValueError(
+        raise RefusedRequest(
             'structured_outputs_regex (--structured_outputs_regex) can not be used with trees: its '
             'automaton would start anew at every fork.'
         )
     for name in ('presence_penalty', 'frequency_penalty'):
         if getattr(request_config, name):
-            raise ValueError(
+            raise RefusedRequest(
                 f'{name}={getattr(request_config, name)} can not be used with trees: vLLM counts it over '
                 'the tokens of one request, which is only a part of a path. Set it to 0.'
             )

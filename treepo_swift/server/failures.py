@@ -24,12 +24,14 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from pathlib import Path
 
+from treepo_swift.config import ConfigError
 from treepo_swift.config.sections import Faults
 from treepo_swift.core.failure import NodeFailure
 from treepo_swift.core.inert import inert
 from treepo_swift.core.messages import Segment
 from treepo_swift.core.search import TreeSearch
 from treepo_swift.core.tree import StopReason
+from treepo_swift.wire.note import RefusedRequest
 
 from .engine import EngineError, EngineGone, SegmentEngine
 from .hooks import HookRunner, HungHooksError
@@ -42,6 +44,10 @@ UNKNOWN = 'a tree gave up'
 
 class RolloutError(RuntimeError):
     """A rollout that can not be delivered; the message says why and what to do."""
+
+
+EXPECTED = (RolloutError, EngineGone, HungHooksError, NodeFailure, ConfigError, RefusedRequest)
+"""Whose messages say all that there is to say."""
 
 
 class FailurePolicy:
@@ -216,8 +222,8 @@ def check_segment(segment: Segment, most: int) -> None:
 def described(error: BaseException) -> str:
     """What the trainer is told of an error that ended a rollout: never a bare name, and never a traceback alone."""
     name, text = type(error).__name__, inert(str(error)).strip()
-    if isinstance(error, (RolloutError, EngineGone, HungHooksError, NodeFailure, ValueError, NotImplementedError)):
-        return f'{name}: {text or "no cause was given"}'
+    if isinstance(error, EXPECTED):
+        return f'{name}: {text}'
     place = traceback.extract_tb(error.__traceback__)[-1:]
     where = ''.join(f' at {Path(frame.filename).name}:{frame.lineno}, in {frame.name}' for frame in place)
     return (

@@ -11,7 +11,7 @@ from typing import Any
 
 from swift.infer_engine.protocol import RolloutInferRequest
 
-from treepo_swift.wire.note import REQUEST_KEY, RequestNote
+from treepo_swift.wire.note import REQUEST_KEY, RefusedRequest, RequestNote
 
 from .failures import RolloutError
 
@@ -43,7 +43,7 @@ def _take_note(request: RolloutInferRequest, require_trainer: bool) -> RequestNo
     values = request.data_dict.pop(REQUEST_KEY, None)
     if values is not None:
         if not isinstance(values, dict):
-            raise ValueError(
+            raise RefusedRequest(
                 f'data_dict[{REQUEST_KEY!r}] of a request is a {type(values).__name__}, not a note of ours.'
             )
         return RequestNote.from_dict(values)
