@@ -40,6 +40,7 @@ class FakeEngine:
     ) -> None:
         self.info = EngineInfo('fake', max_model_len, block_size, max_logprobs=20)
         self.stop_strings: list[str] = []
+        self.answers = 0
         self.speak = speak or sample
         self.fails = fails
         self.inputs: list[list[int]] = []

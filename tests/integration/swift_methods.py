@@ -33,6 +33,7 @@ USED = (
     'swift.rlhf_trainers.vllm_client:VLLMInferClient.infer',
     'swift.template.base:Template._add_dynamic_eos',
     'swift.arguments.deploy_args:RolloutArguments._check_device_count',
+    'swift.rewards.orm:MathAccuracy.__call__',
     # Called, though private.
     'swift.infer_engine.grpo_vllm_engine:GRPOVllmEngine._get_grpo_lora_request_async',
     f'{ENGINE}._prepare_generation_config',

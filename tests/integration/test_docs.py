@@ -55,6 +55,16 @@ def test_files_that_pages_name_are_there():
             assert path.exists() or path.with_suffix('.py').exists(), f'{page.name}: {name}'
 
 
+def test_every_fault_of_the_reliability_page_has_a_test():
+    lines = (ROOT / 'docs' / 'reliability.md').read_text().splitlines()
+    rows = [line.split(' | ') for line in lines if line.startswith('| ') and '---' not in line][1:]
+    assert len(rows) > 40
+    for row in rows:
+        assert len(row) == 5 and all(cell.strip(' |') for cell in row), row
+        file, _, test = row[-1].strip(' |`').partition('::')
+        assert any(f'def {test}(' in path.read_text() for path in (ROOT / 'tests').rglob(f'{file}.py')), row[-1]
+
+
 def test_modules_that_the_docs_name_exist():
     for page in (*DOCS, *(ROOT / 'examples').rglob('*.md')):
         text = page.read_text()

@@ -350,4 +350,5 @@ def test_trees_that_give_up_are_told_by_kind_too(monkeypatch):
         rollout(requests(*['x' * length] * 2, *[f'unencodable {length}'] * 2, config=lenient), target)
     # Each kind once, and a sentence for each batch.
     assert len(messages) == 2 + 10 and len(target._warned) == 2
-    assert '1 x the prompt has N tokens' in messages[-1] and '1 x the prompt could not be encoded, e.g.' in messages[-1]
+    assert '1 x the prompt leaves no room for a response, e.g.' in messages[-1]
+    assert '1 x the prompt could not be encoded, e.g.' in messages[-1]

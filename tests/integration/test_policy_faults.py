@@ -15,7 +15,7 @@ from treepo_swift.config import TreeConfig
 from treepo_swift.core.policies.branching import branching_policies
 from treepo_swift.core.policies.fallback import cut_policies
 from treepo_swift.core.tree import StopReason
-from treepo_swift.server.outputs import RolloutError
+from treepo_swift.server.failures import RolloutError
 from treepo_swift.server.scheduler import TreeRolloutScheduler
 
 

@@ -15,7 +15,6 @@ pytest.importorskip('vllm')
 from swift.infer_engine.protocol import RequestConfig
 from vllm.logprobs import FlatLogprobs, Logprob
 from vllm.sampling_params import RequestOutputKind, SamplingParams
-from vllm.v1.engine.exceptions import EngineDeadError
 
 from treepo_swift.compat.capabilities import VllmFeatures, vllm_features
 from treepo_swift.core.tree import StopReason
@@ -49,7 +48,6 @@ class Vllm:
         policy: str,
         length: int = 10**6,
         gone_after: int = 10**6,
-        dies_after: int = 10**6,
     ) -> None:
         self.has = has
         self.output_processor = SimpleNamespace(stream_interval=1)
@@ -59,7 +57,7 @@ class Vllm:
             parallel_config=SimpleNamespace(data_parallel_size=ranks),
             scheduler_config=SimpleNamespace(policy=policy, stream_interval=1),
         )
-        self.length, self.gone_after, self.dies_after = length, gone_after, dies_after
+        self.length, self.gone_after = length, gone_after
         self.asked: list[tuple] = []
         self.closed = self.chunks = 0
 
@@ -77,8 +75,6 @@ class Vllm:
             ends = [*range(1, total, self.interval(sampling)), total]
         try:
             for begin, end in zip([0, *ends], ends):
-                if end > self.dies_after:
-                    raise EngineDeadError()
                 if end > self.gone_after:
                     return
                 tokens = list(range(100 + begin, 100 + end))
@@ -258,9 +254,26 @@ def test_a_request_that_breaks_off_is_an_error():
         sample(engine(gone_after=40), 96, 32)
 
 
-def test_a_dead_engine_core_ends_the_batch_and_not_one_path():
-    target = engine(dies_after=40)
-    with pytest.raises(EngineGone, match="vLLM's engine core has died.*Start the rollout server again"):
-        sample(target, 64, 16)
-    with pytest.raises(EngineGone, match='has died'):
-        asyncio.run(engine(dies_after=0).score([1, 2]))
+@pytest.mark.parametrize('stream_interval, chunks', [('request', 4), ('engine', 4), ('none', 1)])
+def test_a_long_response_that_comes_whole_shows_signs_of_life(stream_interval, chunks):
+    """An engine that says nothing for long counts as hung, so that one that works has to say something."""
+    target = engine(has=features(stream_interval=stream_interval))
+    (segment,) = sample(target, 600, 600)
+    assert len(segment.token_ids) == 600 and segment.stop is None
+    assert target.answers == target._vllm.chunks == chunks
+
+
+def test_a_dead_engine_is_gone_for_requests_and_for_scores():
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    target = engine()
+
+    async def dead(*args, **options):
+        raise EngineDeadError
+        yield
+
+    target._vllm.generate = dead
+    with pytest.raises(EngineGone, match="vLLM's engine has died .*Restart `swift rollout`"):
+        sample(target, 32, 32)
+    with pytest.raises(EngineGone, match="vLLM's engine has died"):
+        asyncio.run(target.score([1, 2]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,10 +30,14 @@ def tree_advantages(
     """Normalised advantages of a whole batch, one `SegmentAdvantages` per trajectory.
 
     An estimator of trajectory level makes one segment of each trajectory. Placeholders are in no baseline and get 0.
+    So does a trajectory that is the only one left of its tree: there is nothing to compare it with.
     Arguments are in the same order, over all ranks: what ``rollout_infos['tree']`` says, the weighted reward, and the
     number of loss tokens (0 where ``--overlong_filter`` takes a trajectory out of the loss).
     """
-    healthy = [i for i, report in enumerate(reports) if not report.is_placeholder]
+    asked = Counter(report.id for report in reports)
+    grown = Counter(report.id for report in reports if not report.is_placeholder)
+    left_alone = {tree for tree, count in grown.items() if count == 1 and asked[tree] > 1}
+    healthy = [i for i, report in enumerate(reports) if not report.is_placeholder and report.id not in left_alone]
     paths = [[reports[i].id, *reports[i].nodes] for i in healthy]
     settings = config.advantage
     options = settings.model_dump(exclude={'normalisation', 'options'})
@@ -53,7 +58,12 @@ def tree_advantages(
             shift_mean=settings.normalisation != 'whiten_scale',
         )
     )
-    advantages = [SegmentAdvantages([], [], 0.0)] * len(reports)
+    advantages = [
+        SegmentAdvantages([0.0] * len(r.tokens), r.tokens, 0.0)
+        if r.id in left_alone and not r.is_placeholder
+        else SegmentAdvantages([], [], 0.0)
+        for r in reports
+    ]
     for i, counts in zip(healthy, tokens, strict=True):
         values = [next(flat) for _ in counts]
         mean = sum(v * n for v, n in zip(values, counts, strict=True)) / max(sum(counts), 1)

@@ -359,8 +359,9 @@ class Faults(Section):
     max_hung_hooks: NotNegative = 64
     """Threads that hooks may hold for good before the rollout raises; each that never returns is replaced."""
     stall_timeout: Annotated[float, Strict(), Field(ge=0.1, allow_inf_nan=False)] = 600.0
-    """Colocate mode: seconds without an output of the engine or an answer of a hook after which a rollout counts as
-    hung. It then ends with an error that says where it stands."""
+    """Seconds without an output of the engine for anybody. Then every request that waits is made again, at most
+    `max_retries` times in a row. In colocate mode, where the answers of hooks count too, the rollout ends with an error
+    that says where it stands."""
 
 
 class Checks(Section):

@@ -17,6 +17,8 @@ SEPARATOR = '__'
 """Between the names of a section and its key in the environment."""
 
 
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""What `yaml.safe_load` raises: also for dates that do not exist, bytes that are no text, and depths beyond reason."""
 NAMED_BY = {
     'branching': 'policy',
     'budget': 'policy',
@@ -78,8 +80,10 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ConfigError(f'{CONFIG_ENV} names {path!r}, which is not a file.')
     try:
-        values = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as e:
+        values = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    except OSError as e:
+        raise ConfigError(f'{path} (named by {CONFIG_ENV}) can not be read: {e}') from None
+    except NOT_YAML as e:
         raise ConfigError(f'{path} (named by {CONFIG_ENV}) is not valid YAML: {e}') from None
     if values is None:
         return {}
@@ -95,5 +99,5 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def _parse(name: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except NOT_YAML:
         raise ConfigError(f'environment variable {name}={text!r} can not be read as a YAML value.') from None

@@ -10,6 +10,7 @@ from treepo_swift.config import TreeConfig
 from treepo_swift.config.sections import NoFallback
 
 from .budgets import TokenBudget, next_width, paced_width
+from .failure import NodeFailure
 from .messages import Limits
 from .policies import fallback
 from .policies.branching import BranchContext, branching_policies
@@ -18,8 +19,11 @@ from .tree import Node, Path, Tree, turns_before
 T = TypeVar('T')
 
 
-class PolicyError(RuntimeError):
+class PolicyError(NodeFailure):
     """A branching or cut policy raised, or returned what it may not return. It fails its tree."""
+
+    def __init__(self, owner: str, problem: str, kind: str = 'returned what it may not') -> None:
+        super().__init__(f'{owner} {problem}', kind=f'{owner} {kind}', remedy='Mend the policy, or choose another.')
 
 
 def check_policies(config: TreeConfig) -> None:
@@ -77,8 +81,9 @@ class Forks:
             or sum(counts) != total
         ):
             raise PolicyError(
-                f'branching policy {name!r} returned {counts!r} for {len(forking)} live paths and {total} branches: it '
-                'must give every path at least one, and all of them out.'
+                f'branching policy {name!r}',
+                f'returned {counts!r} for {len(forking)} live paths and {total} branches: it must give every path at '
+                'least one, and all of them out.',
             )
         return list(counts)
 
@@ -121,9 +126,8 @@ class Forks:
         context = fallback.cut_context(path, self._config, self._rng)
         position = _asked(f'fallback {name!r}', lambda: fallback.cut_policies[name](path, context))
         if not isinstance(position, int) or not context.low <= position <= context.high:
-            raise PolicyError(
-                f'fallback {name!r} returned {position!r}, allowed are {context.low} to {context.high} tokens.'
-            )
+            problem = f'returned {position!r}, allowed are {context.low} to {context.high} tokens.'
+            raise PolicyError(f'fallback {name!r}', problem)
         return fallback.next_start(path, position, self._config)
 
     def _paced_width(self, node: Node, first: int) -> int:
@@ -141,5 +145,9 @@ def _asked(owner: str, policy: Callable[[], T]) -> T:
     """What a policy returns; whatever it raises becomes a `PolicyError` that names it."""
     try:
         return policy()
-    except Exception as e:
-        raise PolicyError(f'{owner} raised {type(e).__name__}: {e}') from e
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:
+        # Also SystemExit, and whatever else is no Exception: in a server it would end every later rollout too.
+        raised = f'raised {type(e).__name__}'
+        raise PolicyError(owner, f'{raised}: {e}', kind=raised) from e

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
+from treepo_swift.config import ConfigError
+
 T = TypeVar('T')
 
 
@@ -31,7 +33,7 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self._entries:
-            raise ValueError(f'Unknown {self.kind} {name!r}: allowed are {", ".join(sorted(self._entries))}.')
+            raise ConfigError(f'Unknown {self.kind} {name!r}: allowed are {", ".join(sorted(self._entries))}.')
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from treepo_swift.config import TreeConfig
 
+from .failure import NodeFailure
 from .forks import Forks, PolicyError
 from .messages import Limits, NextTurn, Segment, SegmentRequest
 from .policies.branching import may_fork
@@ -83,6 +84,8 @@ class TreeSearch:
         self.waiting = False
         """Whether a boundary waits for `resume`, with what the tree may spend on the next depth."""
         self.last_error = ''
+        self.failure: NodeFailure | None = None
+        """Why the tree gave up, where that was none of its paths: its prompt, or a policy."""
         self._room = limits.max_context - len(prompt_ids)
         """Tokens that a path may have in all its turns."""
         self._seed = rng.getrandbits(64)
@@ -143,8 +146,12 @@ class TreeSearch:
         self._started = True
         if self._room < 1:
             self.give_up(
-                f'the prompt has {len(self.tree.prompt_ids)} tokens and the engine takes '
-                f'{self.limits.max_context} in all, so that no room is left for a response'
+                NodeFailure(
+                    f'the prompt has {len(self.tree.prompt_ids)} tokens and the engine takes '
+                    f'{self.limits.max_context} in all, so that no room is left for a response',
+                    kind='the prompt leaves no room for a response',
+                    remedy='Raise --vllm_max_model_len, or leave long prompts out of the dataset (--max_length).',
+                )
             )
             return []
         first = self.forks.from_the_prompt(allowance)
@@ -250,10 +257,11 @@ class TreeSearch:
         """Count tokens that the engine sampled for nobody: past the end of a path, or in a request that failed."""
         self.tree.stats.decoded_tokens += tokens
 
-    def give_up(self, error: str) -> None:
+    def give_up(self, error: str | NodeFailure) -> None:
         """Fill what is missing with failed placeholders; they have no tokens and take part in no baseline."""
+        self.failure = error if isinstance(error, NodeFailure) else None
         while not self.done:
-            self._fill(StopReason.FAILED, error)
+            self._fill(StopReason.FAILED, str(error))
 
     # What is asked of the engine next.
 
@@ -275,7 +283,7 @@ class TreeSearch:
         try:
             return self._fork(live, allowance) if live else self._fall_back(allowance)
         except PolicyError as e:
-            self.give_up(str(e))
+            self.give_up(e)
             return []
 
     def _fork(self, live: list[Path], allowance: int | None) -> list[SegmentRequest]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest, Roll
 from tqdm import tqdm
 
 from treepo_swift.config import TreeConfig
+from treepo_swift.core.failure import NodeFailure
 from treepo_swift.core.messages import Limits
 from treepo_swift.core.policies.stopping import TextChecker
 from treepo_swift.core.search import TreeSearch
@@ -28,10 +30,10 @@ from .config_checks import check_budget, check_config
 from .conversation import Conversation
 from .engine import Prompt, SegmentEngine
 from .environment import EnvironmentStates
-from .failures import Failures
+from .failures import FailurePolicy
 from .grouping import SWIFT_PLACEHOLDER
 from .grower import CpuClock, Services, TreeGrower
-from .hooks import HookError, HookRunner
+from .hooks import HookRunner
 from .outputs import OutputWriter, PlainOutputs
 from .segment_check import SegmentCheck
 from .text import PathReader
@@ -55,6 +57,8 @@ class Server:
     warn: Callable[[str], None]
     warn_once: Callable[[str, str], None]
     """Takes the kind of a warning, which is given once, and its text."""
+    watches_engine: bool
+    """Whether batches look for an engine that hangs; not where a `Watchdog` does."""
 
 
 @dataclass(slots=True)
@@ -107,7 +111,14 @@ class RolloutBatch:
         self._clock = clock
         self._mode = notes[0].mode
         self._outputs = PackedOutputs() if notes[0].packed else PlainOutputs()
-        self._failures = Failures(server.warn_once)
+        self._failures = FailurePolicy(
+            config.faults,
+            engine=server.engine,
+            hooks=server.hooks,
+            warn_once=server.warn_once,
+            watches_engine=server.watches_engine,
+        )
+        self._tree_ids: set[str] = set()
         self._conversations: set[Conversation] = set()
         """Of trees whose environments may be alive."""
         self._releases = BackgroundTasks()
@@ -124,14 +135,15 @@ class RolloutBatch:
             with tqdm(
                 total=len(self._requests), desc='trajectories', dynamic_ncols=True, disable=not show_progress
             ) as bar:
-                await self._grow_all(trees, bar.update)
+                async with self._failures.watching():
+                    await self._grow_all(trees, bar.update)
         finally:
             for conversation in self._conversations:
                 conversation.states.release_all()
             await self._releases.finish()
-            self._tell_failures()
-        self._server.hooks.check_hung(self._config.faults.max_hung_hooks)
-        self._failures.check(len(self._requests), self._config.faults.max_failure_fraction)
+            if summary := self._failures.summary():
+                self._server.warn(summary)
+        self._failures.check(len(self._requests))
         return self._finished(started, counted)
 
     # Requests become groups.
@@ -175,11 +187,17 @@ class RolloutBatch:
         try:
             prompt = await (conversation.begin(request) if conversation else self._engine.encode(request))
             search.set_prompt(prompt.token_ids)
-        except HookError as e:
-            self._failed(e)
+        except NodeFailure as e:
+            self._failures.path_failed(e)
             search.give_up(str(e))
-        except Exception as e:
-            search.give_up(f'the prompt could not be encoded: {type(e).__name__}: {e}')
+        except (Exception, SystemExit) as e:
+            search.give_up(
+                NodeFailure(
+                    f'the prompt could not be encoded: {type(e).__name__}: {e}',
+                    kind='the prompt could not be encoded',
+                    remedy='Look at this sample of the dataset, and at what the template wants of it.',
+                )
+            )
         return PlantedTree(group, prompt, search, conversation)
 
     def _new_search(self, group: Group) -> TreeSearch:
@@ -195,7 +213,7 @@ class RolloutBatch:
         seed = f'{config.seed}:{self._request_config.seed}:{note.step}:{copy}:{prompt_text(request)}'
         return TreeSearch(
             config,
-            tree_id=request.uuid or f'tree-{group.members[0]}',
+            tree_id=self._new_tree_id(request),
             prompt_ids=[],
             width=len(group.members),
             limits=Limits(max_response, info.max_model_len, self._server.scheduler.max_turns),
@@ -203,6 +221,14 @@ class RolloutBatch:
             progress=note.progress,
             by_segment=self._server.scheduler.by_segment,
         )
+
+    def _new_tree_id(self, request: RolloutInferRequest) -> str:
+        """The request's own id. Where several have the same, or none, trees would share baselines and states."""
+        tree_id = request.uuid or uuid.uuid4().hex
+        while tree_id in self._tree_ids:
+            tree_id = f'{request.uuid}-{uuid.uuid4().hex}'
+        self._tree_ids.add(tree_id)
+        return tree_id
 
     def _new_conversation(self, search: TreeSearch) -> Conversation | None:
         server = self._server
@@ -214,7 +240,7 @@ class RolloutBatch:
             search,
             hooks=hooks,
             states=EnvironmentStates(
-                hooks, search, by_copy=by_copy, background=self._releases, failed=self._release_failed
+                hooks, search, by_copy=by_copy, background=self._releases, failed=self._failures.release_failed
             ),
             engine=self._engine,
             prefix=server.writer.prefix,
@@ -243,7 +269,7 @@ class RolloutBatch:
             check=SegmentCheck(server.scheduler, server.hooks, reader, self._config, asks_user=server.checks_segments),
             clock=self._clock,
             seeded=self._request_config.seed is not None,
-            failed=self._failed,
+            failures=self._failures,
             progress=progress,
         )
 
@@ -260,7 +286,7 @@ class RolloutBatch:
             self._conversations.remove(tree.conversation)
 
     def _write(self, tree: PlantedTree) -> None:
-        self._failures.add_tree(tree.search)
+        self._failures.tree_ended(tree.search)
         members = tree.group.members
         requests = [self._requests[position] for position in members]
         note, grown = self._notes[members[0]], tree.search.tree
@@ -294,29 +320,3 @@ class RolloutBatch:
                 engine=None if counted is None or now is None else now.since(counted),
             )
         return self._outputs if isinstance(self._outputs, PackedOutputs) else self._outputs.in_order()
-
-    # What goes wrong.
-
-    def _failed(self, error: Exception) -> None:
-        """A path failed. Raises where so many hooks hang that the batch must end."""
-        self._failures.add_path(error)
-        self._tell_hung()
-        self._server.hooks.check_hung(self._config.faults.max_hung_hooks)
-
-    def _release_failed(self, error: HookError) -> None:
-        """This hurts no path any more."""
-        self._server.warn_once(error.kind, str(error))
-        self._tell_hung()
-
-    def _tell_hung(self) -> None:
-        for name, count in self._server.hooks.hung.items():
-            self._server.warn_once(
-                f'{name} hangs',
-                f'{name}: {count} calls have passed hook_timeout and have not come back. Others run in their place; '
-                'tree/hung_hooks counts them.',
-            )
-
-    def _tell_failures(self) -> None:
-        summary = self._failures.summary()
-        if summary:
-            self._server.warn(summary)

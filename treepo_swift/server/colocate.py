@@ -39,6 +39,7 @@ class ColocateTrees:
         face = stepped_face(engine)
         self._stepped: SteppedEngine = face.engine
         self._scheduler = scheduler(infer_engine=face, **options)
+        self._scheduler.watches_engine = False
         server = self._scheduler._server()
         self._hooks = server.hooks
         self._segments = cast('VllmSegmentEngine', server.engine)

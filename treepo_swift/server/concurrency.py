@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
+COUNTS_ITS_OWN_CANCEL = sys.version_info < (3, 13)
+"""A `TaskGroup` whose task fails cancels the task that waits for it, and before Python 3.13 left that counted. swift's
+worker serves every rollout in one task: after a failed one it would look cancelled for good."""
 CALM = (50_000, 50, 1000)
 """Garbage collection thresholds while trees grow."""
 
@@ -31,10 +35,14 @@ def calm_garbage_collection(*, freeze: bool = True) -> Iterator[None]:
 @asynccontextmanager
 async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
     """An `asyncio.TaskGroup` that raises the exception of its first task that failed, instead of a group of them."""
+    task = asyncio.current_task()
+    cancelled = task.cancelling()
     try:
         async with asyncio.TaskGroup() as group:
             yield group
     except BaseExceptionGroup as errors:
+        if COUNTS_ITS_OWN_CANCEL and task.cancelling() > cancelled:
+            task.uncancel()
         error = errors.exceptions[0]
         raise error from error.__cause__
 

@@ -6,20 +6,26 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from treepo_swift.core.failure import NodeFailure
 from treepo_swift.core.messages import Segment
+from treepo_swift.wire.note import RefusedRequest
 from treepo_swift.wire.report import EngineCounters
 
 if TYPE_CHECKING:
     from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest
 
 
-class EngineError(RuntimeError):
+class EngineError(NodeFailure):
     """The engine gave no usable answer to one request."""
 
-    def __init__(self, message: str, *, kind: str = 'the engine gave no usable answer') -> None:
-        """`kind` is what errors have in common that are counted together."""
-        super().__init__(message)
-        self.kind = kind
+    def __init__(
+        self,
+        message: str,
+        *,
+        kind: str = 'the engine gave no usable answer',
+        remedy: str = "Look for the first error in the engine's log, above; restart it where it does not recover.",
+    ) -> None:
+        super().__init__(message, kind=kind, remedy=remedy)
 
 
 class EngineGone(RuntimeError):
@@ -71,6 +77,8 @@ class SegmentEngine(Protocol):
     info: EngineInfo
     stop_strings: list[str]
     """The batch's stop strings, those that the user asked for."""
+    answers: int
+    """Grows with whatever comes of requests, if only a part of a segment."""
 
     async def encode(self, request: RolloutInferRequest) -> Prompt:
         """Turn messages (and images, tools) into token ids. Raises whatever the template raises."""
@@ -113,15 +121,15 @@ class SegmentEngine(Protocol):
 def check_request_config(request_config: RequestConfig) -> None:
     """Refuse sampling options that can not hold when a response is sampled in pieces."""
     if request_config.n != 1:
-        raise ValueError(f'request_config.n={request_config.n}: a tree answers every request once, n must be 1.')
+        raise RefusedRequest(f'request_config.n={request_config.n}: a tree answers every request once, n must be 1.')
     if request_config.structured_outputs_regex:
-        raise ValueError(
+        raise RefusedRequest(
             'structured_outputs_regex (--structured_outputs_regex) can not be used with trees: its '
             'automaton would start anew at every fork.'
         )
     for name in ('presence_penalty', 'frequency_penalty'):
         if getattr(request_config, name):
-            raise ValueError(
+            raise RefusedRequest(
                 f'{name}={getattr(request_config, name)} can not be used with trees: vLLM counts it over '
                 'the tokens of one request, which is only a part of a path. Set it to 0.'
             )

@@ -8,9 +8,9 @@ from typing import Any
 
 from swift.infer_engine.protocol import RolloutInferRequest
 
-from treepo_swift.wire.note import REQUEST_KEY, RequestNote
+from treepo_swift.wire.note import REQUEST_KEY, RefusedRequest, RequestNote
 
-from .outputs import RolloutError
+from .failures import RolloutError
 
 SWIFT_PLACEHOLDER = [{'role': 'user', 'content': '<placeholder>'}]
 """What swift sends to a server that has no requests this time, to ignore the answer."""
@@ -29,6 +29,10 @@ def _take_note(request: RolloutInferRequest, require_trainer: bool) -> RequestNo
     request.data_dict = dict(request.data_dict or {})
     values = request.data_dict.pop(REQUEST_KEY, None)
     if values is not None:
+        if not isinstance(values, dict):
+            raise RefusedRequest(
+                f'data_dict[{REQUEST_KEY!r}] of a request is a {type(values).__name__}, not a note of ours.'
+            )
         return RequestNote.from_dict(values)
     if request.messages == SWIFT_PLACEHOLDER:
         return RequestNote(mode='independent')

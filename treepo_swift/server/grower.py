@@ -13,14 +13,15 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from inspect import isawaitable
 
+from treepo_swift.core.failure import NodeFailure
 from treepo_swift.core.messages import Segment, SegmentRequest
 from treepo_swift.core.search import TreeSearch
 from treepo_swift.core.tree import StopReason, response_ids
 
 from .concurrency import Rendezvous, task_group
 from .conversation import Conversation
-from .engine import EngineError, EngineGone, Placement, Prompt, SegmentEngine
-from .hooks import HookError
+from .engine import Placement, Prompt, SegmentEngine
+from .failures import FailurePolicy
 from .replies import data_of
 from .segment_check import SegmentCheck
 from .text import PathReader
@@ -50,8 +51,8 @@ class Services:
     clock: CpuClock
     seeded: bool
     """Whether the engine is asked to sample reproducibly."""
-    failed: Callable[[Exception], None]
-    """Hears why a path failed; may raise to end the batch."""
+    failures: FailurePolicy
+    """Asks the engine again, and hears why a path failed; may raise to end the batch."""
     progress: Callable[[int], object]
     """Hears how many trajectories were added."""
 
@@ -100,7 +101,7 @@ class TreeGrower:
             # The engine samples no further for this path while its hooks think.
             if self._conversation is not None and request.path_id in self._requests:
                 await self._end_turn(self._conversation, request, stop, segment.ahead)
-        except (EngineError, HookError) as e:
+        except NodeFailure as e:
             self._fail(request, e)
 
     async def _take(self, request: SegmentRequest, segment: Segment) -> StopReason | None:
@@ -169,8 +170,8 @@ class TreeGrower:
         self.search.discard(ahead)
         self._send(requests)
 
-    def _fail(self, request: SegmentRequest, error: Exception) -> None:
-        self._services.failed(error)
+    def _fail(self, request: SegmentRequest, error: NodeFailure) -> None:
+        self._services.failures.path_failed(error)
         if self._requests.pop(request.path_id, None) is None:
             return
         with self._clock:
@@ -190,26 +191,9 @@ class TreeGrower:
 
     # The engine.
 
-    async def _sample(self, request: SegmentRequest) -> AsyncGenerator[Segment, None]:
-        """After an engine error, what is left of a request is asked for again, from where its path stands."""
-        left, errors = request.max_tokens, 0
-        while left:
-            try:
-                async with aclosing(self._generate(request, left)) as segments:
-                    async for segment in segments:
-                        errors = 0
-                        left -= len(segment.token_ids)
-                        yield segment
-                if left:
-                    raise EngineError('the engine ended a request before its path had ended')
-            except EngineGone:
-                raise
-            except Exception as e:
-                errors += 1
-                if errors > self.search.config.faults.max_retries:
-                    name = type(e).__name__
-                    kind = getattr(e, 'kind', f'the engine raised {name}')
-                    raise EngineError(f'{name}: {e} (after {errors} attempts)', kind=kind) from e
+    def _sample(self, request: SegmentRequest) -> AsyncGenerator[Segment, None]:
+        """What is left of a request after an engine error is asked for again, from where its path stands."""
+        return self._services.failures.segments(lambda left: self._generate(request, left), request.max_tokens)
 
     def _generate(self, request: SegmentRequest, max_tokens: int) -> AsyncGenerator[Segment, None]:
         begins = data_of(request.prefix.turn_start).begins

@@ -10,7 +10,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from treepo_swift.compat.maths import check_maths_in_processes
 from treepo_swift.compat.thread_safety import let_math_verify_run_in_threads
+from treepo_swift.core.failure import NodeFailure
 
 MAX_HOOK_THREADS = 256
 """Hooks that may run at one time; one that hangs is not counted. swift's worker shares asyncio's default executor with
@@ -21,15 +23,23 @@ CLOCK_SECONDS = 0.01
 """More than what a timer of the event loop may come too early."""
 GRACE_SECONDS = 5.0
 """How long an async hook may take to end after it was cancelled."""
+SLOW = 'Give what the hook waits for a time limit of its own, or raise faults.hook_timeout.'
 
 
-class HookError(RuntimeError):
+class HookError(NodeFailure):
     """A user's hook raised, took too long or returned something that it may not return."""
 
-    def __init__(self, hook: str, where: str, problem: str, *, kind: str = 'returned what it may not') -> None:
+    def __init__(
+        self,
+        hook: str,
+        where: str,
+        problem: str,
+        *,
+        kind: str = 'returned what it may not',
+        remedy: str = 'Mend the hook; treepo asks it only once for each turn or segment.',
+    ) -> None:
         """`problem` goes on after hook and place. `kind` is what errors have in common that are counted together."""
-        super().__init__(f'{hook} {where}: {problem}')
-        self.kind = f'{hook} {kind}'
+        super().__init__(f'{hook} {where}: {problem}', kind=f'{hook} {kind}', remedy=remedy)
 
 
 class HungHooksError(RuntimeError):
@@ -41,6 +51,7 @@ class HookRunner:
 
     def __init__(self) -> None:
         let_math_verify_run_in_threads()
+        check_maths_in_processes()
         self._threads = HookThreads(MAX_HOOK_THREADS)
         self._hung_tasks: dict[asyncio.Task[Any], str] = {}
         """Async hooks that did not end when they were cancelled, with their names."""
@@ -76,7 +87,7 @@ class HookRunner:
             if not isinstance(e, _DeadlinePassed):
                 raise HookError(name, where, f'raised TimeoutError: {e}', kind='raised TimeoutError') from e
             problem = f'took more than hook_timeout={timeout:g} s'
-            raise HookError(name, where, problem, kind='took more than hook_timeout') from None
+            raise HookError(name, where, problem, kind='took more than hook_timeout', remedy=SLOW) from None
         except asyncio.CancelledError:
             if asyncio.current_task().cancelling():
                 raise
@@ -116,9 +127,11 @@ async def _awaited(result: Any) -> Any:
 async def _without_exit(coroutine: Coroutine[Any, Any, Any]) -> Any:
     try:
         return await coroutine
-    except SystemExit as e:
-        # In a task it would end swift's worker, and with it every later rollout.
-        raise RuntimeError(f'SystemExit({e.code})') from e
+    except (Exception, asyncio.CancelledError, GeneratorExit, KeyboardInterrupt):
+        raise
+    except BaseException as e:
+        # In a task SystemExit would end swift's worker, and with it every later rollout; what else there is, the batch.
+        raise RuntimeError(f'{type(e).__name__}({e})') from e
 
 
 class _Call:

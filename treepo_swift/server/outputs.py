@@ -15,6 +15,7 @@ from swift.infer_engine.protocol import (
     UsageInfo,
 )
 
+from treepo_swift.core.inert import one_line
 from treepo_swift.core.tree import Path, StopReason, Tree, response_ids, sampled_tokens
 from treepo_swift.wire.note import REQUEST_KEY
 from treepo_swift.wire.report import FAILURE_KEY, MAX_ERROR, REPORT_KEY, BatchReport, TreeReport
@@ -24,10 +25,6 @@ from .replies import Response, Turn, data_of, ended_turn, loss_tokens
 
 if TYPE_CHECKING:
     from .engine import Prompt, SegmentEngine
-
-
-class RolloutError(RuntimeError):
-    """A rollout that can not be delivered; the message says why and what to do."""
 
 
 class RolloutFailure:
@@ -135,7 +132,7 @@ class OutputWriter:
         if with_report:
             infos[REPORT_KEY] = TreeReport.of(tree, index, loss_tokens(path)).to_dict()
         elif path.stop is StopReason.FAILED:
-            infos[FAILURE_KEY] = (path.error or 'no cause was given')[:MAX_ERROR]
+            infos[FAILURE_KEY] = one_line(path.error or 'no cause was given', MAX_ERROR)
         response = Response.of(path, prefix=prefix, filler=self._filler_token)
         sampled = sampled_tokens(path.leaf)
         usage = UsageInfo(len(prompt.token_ids), sampled, len(prompt.token_ids) + sampled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import traceback
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from swift.rollout.multi_turn import GYMScheduler
 from swift.utils import get_logger
 
 from treepo_swift.config import ConfigError, TreeConfig
+from treepo_swift.core.inert import inert
 from treepo_swift.core.policies.stopping import TextChecker, text_verdict
 from treepo_swift.core.tree import Path, StopReason
 from treepo_swift.wire.note import RequestNote
@@ -24,11 +26,12 @@ from .concurrency import calm_garbage_collection
 from .config_checks import check_config
 from .engine import SegmentEngine, check_request_config
 from .environment import ForkingState
+from .failures import RolloutError, described
 from .grouping import SWIFT_PLACEHOLDER, read_requests
 from .grower import CpuClock
 from .hooks import HookRunner
 from .migrating import check_hooks, refuse_moved
-from .outputs import OutputWriter, RolloutError, RolloutFailure
+from .outputs import OutputWriter, RolloutFailure
 from .turn_hooks import TURN_HOOKS, overridden_hooks
 from .vllm_engine import VllmSegmentEngine
 
@@ -53,6 +56,8 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
 
     grows_trees = True
     """How the trainer's arguments tell a tree scheduler from others, by its name in swift's registry."""
+    watches_engine = True
+    """Whether batches look for an engine that hangs. In colocate mode a `Watchdog` does."""
     by_segment = False
     """Ask the engine segment by segment, as the paper's code does: the same trees, only slower. For benchmarks."""
 
@@ -133,9 +138,12 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
         try:
             with calm_garbage_collection():
                 return await self.rollout(infer_requests, request_config, use_tqdm=use_tqdm)
-        except Exception as e:
-            logger.error(f'treepo: the rollout failed.\n{traceback.format_exc()}')
-            return RolloutFailure(f'{type(e).__name__}: {e}')
+        except BaseException as e:
+            # Of what is no Exception swift's worker dies, and with it every later rollout.
+            if isinstance(e, (KeyboardInterrupt, GeneratorExit)) or asyncio.current_task().cancelling():
+                raise
+            logger.error(inert(f'treepo: the rollout failed.\n{traceback.format_exc()}'))
+            return RolloutFailure(described(e))
 
     async def rollout(
         self,
@@ -184,6 +192,7 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
             writer=OutputWriter(self._engine, self.get_response_token_data, 0 if eos is None else eos),
             warn=self._warn,
             warn_once=self._warn_once,
+            watches_engine=self.watches_engine,
         )
 
     async def _probe(self, server: Server, request: RolloutInferRequest, note: RequestNote) -> RolloutOutput:
@@ -194,7 +203,7 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
         return server.writer.probe(request, await engine.score(note.token_ids) if note.token_ids else None)
 
     def _warn(self, message: str) -> None:
-        logger.warning(f'treepo: {message}')
+        logger.warning(inert(f'treepo: {message}'))
 
     def _warn_once(self, kind: str, message: str) -> None:
         """Once for each kind: messages may name a path, of which there are many."""

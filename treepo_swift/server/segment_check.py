@@ -35,7 +35,9 @@ class SegmentCheck:
             return self._ask_user(search, path, self._reader.text(path.leaf))
         try:
             return text_verdict(self._reader.state(path.leaf), path, self._config)
-        except Exception as e:  # an answer detector may be a user's
+        except KeyboardInterrupt:
+            raise
+        except BaseException as e:  # an answer detector may be a user's, and raise SystemExit
             detector = f'stop.answer.detector={self._config.stop.answer.detector!r}'
             raised = f'raised {type(e).__name__}'
             raise HookError(detector, _where(search, path), f'{raised}: {e}', kind=raised) from e

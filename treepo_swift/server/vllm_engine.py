@@ -11,9 +11,9 @@ import collections
 import copy
 import math
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest
 
 ENCODE_THREADS = 4
+SIGN_OF_LIFE_TOKENS = 256
+"""A response that comes whole says nothing while it is sampled. The engine is asked for a word after so many tokens, so
+that one that works on long answers is not taken for one that hangs."""
+DEAD = ('EngineDeadError',)
+"""What vLLM raises when there is nobody to ask again, by name: modules and base classes differ between versions."""
 
 
 class SegmentBuffer:
@@ -97,6 +102,8 @@ class VllmSegmentEngine:
         )
         self._by_priority = config.scheduler_config.policy == 'priority'
         self._encoders = encoding_threads()
+        self.answers = 0
+        """Outputs of all requests so far, also parts of segments: what tells an engine that works from a hung one."""
         self._sampling: Any = None
         self._with_entropies = False
         self.stop_strings: list[str] = []
@@ -167,24 +174,25 @@ class VllmSegmentEngine:
             # and that its last KV block is in the cache for forks.
             sampling.output_kind = RequestOutputKind.DELTA
             self._stream_by(segment_tokens, sampling)
+        elif max_tokens > SIGN_OF_LIFE_TOKENS and self._features.stream_interval != 'none':
+            sampling.output_kind = RequestOutputKind.DELTA
+            self._stream_by(SIGN_OF_LIFE_TOKENS, sampling)
         buffer, cached, finished, sampled = SegmentBuffer(segment_tokens), None, False, 0
-        request = self._request(prompt, response_ids, sampling, self._lora, placement)
-        with _told_of_death():
-            async with aclosing(request) as outputs:
-                async for output in outputs:
-                    completion, finished = output.outputs[0], output.finished
-                    buffer.add(*self._sampled(completion))
-                    sampled += len(completion.token_ids)
-                    cached = (output.num_cached_tokens or 0) if cached is None else cached
-                    while buffer.full(finished=finished):
-                        yield buffer.take(cached_tokens=cached)
-                        cached = 0
-                    if finished:
-                        stop = self._stop_reason(completion.finish_reason, completion.stop_reason)
-                        if stop is None and sampled < max_tokens:
-                            # Images are more tokens in the engine than in its input.
-                            stop = StopReason.CONTEXT_LIMIT
-                        yield buffer.take(cached_tokens=cached, stop=stop)
+        async with aclosing(self._request(prompt, response_ids, sampling, self._lora, placement)) as outputs:
+            async for output in outputs:
+                completion, finished = output.outputs[0], output.finished
+                buffer.add(*self._sampled(completion))
+                sampled += len(completion.token_ids)
+                cached = (output.num_cached_tokens or 0) if cached is None else cached
+                while buffer.full(finished=finished):
+                    yield buffer.take(cached_tokens=cached)
+                    cached = 0
+                if finished:
+                    stop = self._stop_reason(completion.finish_reason, completion.stop_reason)
+                    if stop is None and sampled < max_tokens:
+                        # Images are more tokens in the engine than in its input.
+                        stop = StopReason.CONTEXT_LIMIT
+                    yield buffer.take(cached_tokens=cached, stop=stop)
         if not finished:
             raise EngineError('the engine ended a request without an output')
 
@@ -219,9 +227,8 @@ class VllmSegmentEngine:
 
         lora = await self._engine._get_grpo_lora_request_async()
         sampling = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0)
-        with _told_of_death():
-            async with aclosing(self._request(Prompt(token_ids, {}), [], sampling, lora, Placement())) as outputs:
-                steps = [output.prompt_logprobs async for output in outputs][-1][1:]
+        async with aclosing(self._request(Prompt(token_ids, {}), [], sampling, lora, Placement())) as outputs:
+            steps = [output.prompt_logprobs async for output in outputs][-1][1:]
         return [float(step[token].logprob) for step, token in zip(steps, token_ids[1:], strict=True)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -232,7 +239,7 @@ class VllmSegmentEngine:
             list(response_ids), first_token=first, template_inputs=prompt.inputs['template_inputs']
         )
 
-    def _request(
+    async def _request(
         self, prompt: Prompt, response_ids: Sequence[int], sampling: Any, lora: Any, placement: Placement
     ) -> AsyncGenerator[Any, None]:
         inputs = {**prompt.engine_inputs, 'prompt_token_ids': prompt.token_ids + list(response_ids)}
@@ -240,7 +247,7 @@ class VllmSegmentEngine:
             # Nothing to render: vLLM takes the request without a detour through its renderer's threads.
             inputs['type'] = 'token'
         lora = lora or self._engine.default_adapter_request
-        return self._vllm.generate(
+        outputs = self._vllm.generate(
             inputs,
             sampling,
             # An id of our own for every request: vLLM aborts by id, and one id must never mean two requests.
@@ -249,6 +256,18 @@ class VllmSegmentEngine:
             priority=placement.priority if self._by_priority else 0,
             data_parallel_rank=placement.rank if self.info.ranks > 1 else None,
         )
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    self.answers += 1
+                    yield output
+        except Exception as e:
+            if type(e).__name__ not in DEAD:
+                raise
+            raise EngineGone(
+                f"vLLM's engine has died ({type(e).__name__}: {e}). Its own log, above, has the cause, often memory. "
+                'Restart `swift rollout`, then resume the training from its last checkpoint.'
+            ) from e
 
     def _sampled(self, completion: Any) -> tuple[Sequence[int], list[float], list[float] | None]:
         """Tokens, their log-probs, and entropies where those were asked for."""
@@ -259,8 +278,6 @@ class VllmSegmentEngine:
             return self._sampled_of_steps(token_ids, flat)
         # The sampled token comes first at each position.
         logprobs = [flat.logprobs[start] for start in flat.start_indices]
-        if not all(map(math.isfinite, logprobs)):
-            raise EngineError('the engine returned a log-prob that is not finite')
         if not self._with_entropies:
             return token_ids, logprobs, None
         known = (
@@ -274,8 +291,6 @@ class VllmSegmentEngine:
     ) -> tuple[Sequence[int], list[float], list[float] | None]:
         """The same where vLLM gives a dictionary a token."""
         logprobs = [float(step[token].logprob) for step, token in zip(steps, token_ids, strict=True)]
-        if not all(map(math.isfinite, logprobs)):
-            raise EngineError('the engine returned a log-prob that is not finite')
         if not self._with_entropies:
             return token_ids, logprobs, None
         return token_ids, logprobs, [entropy([known.logprob for known in step.values()]) for step in steps]
@@ -292,17 +307,3 @@ class VllmSegmentEngine:
             asked = stop_reason in self._stop_ids or stop_reason in self.stop_strings
             return StopReason.STOP_STRING if asked else StopReason.EOS
         raise EngineError(f'the engine ended a request with finish_reason={finish_reason!r}')
-
-
-@contextmanager
-def _told_of_death() -> Iterator[None]:
-    """Once vLLM's engine core is dead, every request raises at once: that is no failure of one path."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    try:
-        yield
-    except EngineDeadError as e:
-        raise EngineGone(
-            "vLLM's engine core has died, and the server grows nothing any more. Its log says why (killed, out of "
-            'memory, a CUDA error). Start the rollout server again.'
-        ) from e

@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .outputs import RolloutError
+from .failures import RolloutError
 
 T = TypeVar('T')
 

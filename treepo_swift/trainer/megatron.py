@@ -22,6 +22,7 @@ from treepo_swift.wire.report import TreeReport
 from .arguments import MegatronTreeArguments
 from .proof import ProofMixin
 from .ranks import Ranks
+from .reward_watch import watched_rewards
 from .rewards import spread_over_tokens
 from .rollout import together
 from .trees import check_loss_tokens, check_rollout_logprobs
@@ -105,10 +106,12 @@ class TreeMegatronGRPOTrainer(ProofMixin, MegatronGRPOTrainer):
 
     def _score_completions(self, samples: list[Any]) -> torch.Tensor:
         """Rewards of this rank's samples [n, functions]; checked over all ranks."""
+        if not self.grows_trees:
+            return super()._score_completions(samples)
         self._fill_gym_rewards(samples)
-        return self._of_this_rank(
-            samples, self._settle_rewards(samples, self._all(super()._score_completions(samples)))
-        )
+        with watched_rewards(self, logger.warning, self._gather_lists):
+            rewards = super()._score_completions(samples)
+        return self._of_this_rank(samples, self._settle_rewards(samples, self._all(rewards)))
 
     def _compute_advantages(
         self, samples: list[Any], rewards_per_func: torch.Tensor, kl_values: torch.Tensor | None = None

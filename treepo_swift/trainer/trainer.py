@@ -18,6 +18,7 @@ from treepo_swift.wire.report import TreeReport
 
 from .colocate import ColocateMixin
 from .ranks import Ranks
+from .reward_watch import watched_rewards
 from .rewards import spread_over_tokens
 from .shared_prefix.mixin import SharedPrefixMixin
 from .trees import check_loss_tokens, check_rollout_logprobs
@@ -113,8 +114,12 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
 
     def _compute_rewards_per_func(self, samples: list[Any]) -> torch.Tensor:
         """Rewards of one rollout over all ranks [N, functions], checked; remembers the rollout for the metrics."""
+        if not self.grows_trees:
+            return super()._compute_rewards_per_func(samples)
         self._fill_gym_rewards(samples)
-        return self._settle_rewards(samples, super()._compute_rewards_per_func(samples))
+        with watched_rewards(self, logger.warning, self._gather_lists):
+            rewards = super()._compute_rewards_per_func(samples)
+        return self._settle_rewards(samples, rewards)
 
     def _compute_advantages(
         self, samples: list[Any], rewards_per_func: torch.Tensor, batch_encoded_inputs: list[dict[str, Any]]

@@ -141,8 +141,12 @@ class TreesMixin(_Trainer):
     def _keep_config(self) -> None:
         config, directory = self.tree_config, Path(self.args.output_dir)
         if self._ranks().is_main:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / CONFIG_FILE).write_text(config.to_yaml())
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                (directory / CONFIG_FILE).write_text(config.to_yaml())
+            except OSError as e:
+                # A full disk ends a run where swift saves a checkpoint, on all ranks; not here, on one of them.
+                logger.warning(f'treepo: {directory / CONFIG_FILE} could not be written: {e}. The run goes on.')
         # swift's loggers speak on the first rank of a machine, which need not be the main one.
         logger.info(f'treepo: the whole tree config is in {directory / CONFIG_FILE}.')
         logger.info(

@@ -14,6 +14,20 @@ PROTOCOL = 4
 """Raised when the note or the report changes its meaning, so that mixed versions refuse each other."""
 
 MODES = ('tree', 'independent', 'probe')
+KINDS: dict[str, tuple[type, ...]] = {
+    'config': (dict, type(None)),
+    'num_generations': (int, type(None)),
+    'step': (int,),
+    'progress': (float, int),
+    'copy': (int, type(None)),
+    'token_ids': (list, type(None)),
+    'packed': (bool,),
+}
+"""What a note's values may be."""
+
+
+class RefusedRequest(ValueError):
+    """A request that can not be served as it is; the message says what is allowed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +67,27 @@ class RequestNote:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RequestNote:
         if values.get('protocol') != PROTOCOL:
-            raise ValueError(
+            raise RefusedRequest(
                 f'The trainer speaks treepo protocol {values.get("protocol")}, this server {PROTOCOL}: '
                 'install the same treepo_swift version on both sides.'
             )
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise RefusedRequest(
+                f'{", ".join(map(repr, unknown))} in a treepo request, which this version does not know: install the '
+                'same treepo_swift version on both sides.'
+            )
         note = cls(**values)
         if note.mode not in MODES:
-            raise ValueError(f'mode={note.mode!r} in a treepo request: allowed are {", ".join(MODES)}.')
+            raise RefusedRequest(f'mode={note.mode!r} in a treepo request: allowed are {", ".join(MODES)}.')
+        for name, allowed in KINDS.items():
+            value = getattr(note, name)
+            if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+                raise RefusedRequest(f'{name}={value!r} in a treepo request: allowed is {allowed[0].__name__}.')
+        if note.num_generations is not None and note.num_generations < 1:
+            raise RefusedRequest(f'num_generations={note.num_generations} in a treepo request: allowed are 1 and more.')
+        if not all(type(token) is int and token >= 0 for token in note.token_ids or []):
+            raise RefusedRequest('token_ids in a treepo request: allowed are token ids.')
         return note
 
     def tree_config(self, default: TreeConfig) -> TreeConfig:

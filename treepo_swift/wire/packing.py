@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from treepo_swift import __version__
+from treepo_swift.core.inert import one_line
+
 from .report import REPORT_KEY, BatchReport
 
 if TYPE_CHECKING:
@@ -25,6 +28,13 @@ if TYPE_CHECKING:
 IDS, MASK, LOGPROBS = 'response_token_ids', 'response_loss_mask', 'rollout_logprobs'
 TYPES = {IDS: np.int32, MASK: np.int8, LOGPROBS: np.float32}
 """vLLM computes log-probs in float32, so nothing is lost."""
+MAX_TOKENS = 1 << 28
+"""Most response tokens of one answer: 8,192 trajectories of 32k. What an answer says of its sizes is held against this,
+and what it unpacks to against what it says, before memory is taken for it."""
+
+
+class WireError(ValueError):
+    """An answer that can not be read: cut short, changed on the way, hostile, or of another version."""
 
 
 class PackedOutputs:
@@ -44,16 +54,47 @@ class PackedOutputs:
 
     def __iter__(self) -> Iterator[str]:
         batch = None if self.batch is None else self.batch.to_dict()
-        yield json.dumps({'batch': batch, 'trees': self._trees}, separators=(',', ':'), ensure_ascii=False)
+        content = {'version': __version__, 'batch': batch, 'trees': self._trees}
+        yield json.dumps(content, separators=(',', ':'), ensure_ascii=False)
 
 
 def unpack(text: str) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """A batch's outputs, as the JSON objects that swift's client expects, and what was said about the batch."""
-    content = json.loads(text)
+    """A batch's outputs, as the JSON objects that swift's client expects, and what was said about the batch.
+
+    Raises `WireError`, and nothing else, for whatever `text` is.
+    """
+    content: Any = None
+    try:
+        content = json.loads(text)
+        return _unpack_batch(content)
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, zlib.error) as e:
+        writer = content.get('version') if isinstance(content, dict) else None
+        versions = f'was written by treepo_swift {one_line(str(writer), 40)}, and this is {__version__}'
+        what = versions if writer not in (None, __version__) else f'has {len(text):,} characters'
+        problem = one_line(f'{type(e).__name__}: {e}', 200)
+        raise WireError(
+            f"A rollout server's packed answer can not be read ({problem}). It {what}. Install the same treepo_swift "
+            'on both sides, and see whether a proxy between them cuts or changes answers.'
+        ) from e
+
+
+def _unpack_batch(content: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    columns = [tree['columns'][name] for tree in content['trees'] for name in TYPES]
+    sizes = [size for column in columns for turns in column['turns'] for size in turns]
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError('a turn has no size')
+    if sum(sizes) > len(TYPES) * MAX_TOKENS:
+        raise ValueError(f'it says that it holds {sum(sizes):,} values, over {MAX_TOKENS:,} tokens')
     outputs: dict[int, dict[str, Any]] = {}
     for tree in content['trees']:
         outputs.update(zip(tree['positions'], _unpack(tree), strict=True))
-    return [outputs[position] for position in range(len(outputs))], content['batch']
+    if set(outputs) != set(range(sum(len(tree['positions']) for tree in content['trees']))):
+        raise ValueError('its outputs are not numbered one by one')
+    batch = content['batch']
+    if batch is not None:
+        BatchReport.from_dict(batch)
+        outputs[0]['rollout_infos'][REPORT_KEY]  # where it goes
+    return [outputs[position] for position in range(len(outputs))], batch
 
 
 def accept_packed(sessions: Iterable[Session]) -> None:
@@ -63,7 +104,15 @@ def accept_packed(sessions: Iterable[Session]) -> None:
         read = response.json
 
         def read_unpacked(**options: Any) -> Any:
-            answer = read(**options)
+            try:
+                answer = read(**options)
+            except ValueError as e:
+                if response.status_code != 200:
+                    raise  # swift looks at those
+                raise WireError(
+                    f"A rollout server's answer is no whole JSON ({one_line(str(e), 200)}): it was cut short after "
+                    f'{len(response.content):,} bytes. Look at the log of `swift rollout` at {response.url}.'
+                ) from e
             if not (isinstance(answer, list) and answer and all(isinstance(part, str) for part in answer)):
                 return answer
             outputs = []
@@ -114,9 +163,17 @@ def _to_text(values: np.ndarray) -> str:
     return base64.b64encode(data).decode()
 
 
-def _from_text(text: str, dtype: type) -> np.ndarray:
-    data = base64.b64decode(text)
-    return np.frombuffer(data if dtype is np.float32 else zlib.decompress(data), dtype)
+def _from_text(text: str, dtype: type, count: int) -> np.ndarray:
+    """`count` values, no more of which are unpacked than were announced."""
+    data, size = base64.b64decode(text), count * np.dtype(dtype).itemsize
+    if dtype is not np.float32:
+        inflate = zlib.decompressobj()
+        data = inflate.decompress(data, size + 1)
+        if not inflate.eof and len(data) <= size:
+            raise ValueError('a column is cut short')
+    if len(data) != size:
+        raise ValueError(f'a column does not hold the {count} values that it announces')
+    return np.frombuffer(data, dtype)
 
 
 def _common_prefix(histories: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -157,7 +214,14 @@ def _unpack(tree: dict[str, Any]) -> list[dict[str, Any]]:
         output['messages'] = tree['messages'] + output.get('messages', [_answer(output)])
     for name, dtype in TYPES.items():
         column = tree['columns'][name]
-        values = _from_text(column['values'], dtype)
+        lengths = [sum(turns) for turns in column['turns']]
+        known = [count for _, count in column['shared']]
+        for index, ((other, count), length) in enumerate(zip(column['shared'], lengths, strict=True)):
+            if not 0 <= other <= index or not 0 <= count <= min(length, lengths[other] if other < index else 0):
+                raise ValueError('an output shares what no earlier one has')
+        values = _from_text(column['values'], dtype, sum(lengths) - sum(known))
+        if dtype is np.float32 and not np.isfinite(values).all():
+            raise ValueError('a log-prob is not finite')
         rows: list[np.ndarray] = []
         begin = 0
         for output, turns, (other, count) in zip(outputs, column['turns'], column['shared'], strict=True):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from treepo_swift.core.inert import one_line
 from treepo_swift.core.tree import StopReason, Tree, TreeStats
 
 REPORT_KEY = 'tree'
@@ -95,7 +96,7 @@ class TreeReport:
             'fallback_from': self.fallback_from,
         }
         if self.error is not None:
-            values['error'] = self.error[:MAX_ERROR]
+            values['error'] = one_line(self.error, MAX_ERROR)
         if self.stats is not None:
             values['stats'] = dataclasses.asdict(self.stats)
         if self.batch is not None:
@@ -104,15 +105,21 @@ class TreeReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TreeReport:
-        stats, batch = values.get('stats'), values.get('batch')
-        return cls(
-            **{
-                **values,
-                'stop': StopReason(values['stop']),
-                'stats': stats and TreeStats(**stats),
-                'batch': batch and BatchReport.from_dict(batch),
-            }
-        )
+        try:
+            stats, batch = values.get('stats'), values.get('batch')
+            return cls(
+                **{
+                    **values,
+                    'stop': StopReason(values['stop']),
+                    'stats': stats and TreeStats(**stats),
+                    'batch': batch and BatchReport.from_dict(batch),
+                }
+            )
+        except (TypeError, ValueError, LookupError, AttributeError) as e:
+            raise ValueError(
+                f"A rollout server's report of a trajectory can not be read ({type(e).__name__}: {e}). Install the "
+                'same treepo_swift on both sides.'
+            ) from e
 
     @classmethod
     def of(cls, tree: Tree, index: int, tokens: Sequence[int] | None = None) -> TreeReport:

@@ -35,6 +35,7 @@ class FreeEngine:
     """
 
     stop_strings: list[str] = []
+    answers = 0
 
     def __init__(self, max_model_len: int) -> None:
         self.info = EngineInfo('none', max_model_len, block_size=16, ranks=8, kv_tokens=1_000_000)
