@@ -264,6 +264,7 @@ class Colocated(Trainer):
         llm.reset_mm_cache = llm.reset_prefix_cache = llm.reset_encoder_cache = lambda: None
         engine = SwiftEngine(llm)
         engine.template.max_length = None
+        engine.inner_model_executor = SimpleNamespace(is_sleeping=False)  # ms-swift 4.5.3 always asks
         self.engine_model = Model()
         return engine
 
