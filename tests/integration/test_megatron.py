@@ -452,10 +452,10 @@ def test_a_run_without_trees_is_swifts_own(ranks):
 # Colocate mode.
 
 
-def colocate(world: int, folder: str, lost: bool = False) -> Any:
+def colocate(world: int, folder: str, sleep_level: int = 0, lost: bool = False) -> Any:
     import tests.integration.megatron_world as m
 
-    trainer = m.build(world, folder, cls=m.Colocated, **COLOCATE)
+    trainer = m.build(world, folder, cls=m.Colocated, sleep_level=sleep_level, **COLOCATE)
     assert trainer.args.multi_turn_scheduler is None and trainer.multi_turn_scheduler is None
     done = []
     for number in range(3):
@@ -468,12 +468,14 @@ def colocate(world: int, folder: str, lost: bool = False) -> Any:
         for parameter in trainer.unwrapped_models[0].parameters():
             torch.distributed.broadcast(parameter.data, world - 1)
         done.append((everyone, trainer.rows, m.token_advantages(batches), trainer.tree_config))
+        assert trainer.awake == (set() if sleep_level else {'weights', 'kv_cache'})
     return done, trainer._sync_proof.proven
 
 
-@pytest.mark.parametrize('world, stages', [(1, 1), (2, 2), (4, 2)])
-def test_trees_grow_on_the_engines_of_all_ranks(ranks, world, stages):
-    results = ranks.all(colocate, world=world, stages=stages, trees=WHITENED)
+@pytest.mark.parametrize('world, stages, sleep_level', [(1, 1, 0), (1, 1, 1), (2, 2, 0), (4, 2, 2)])
+def test_trees_grow_on_the_engines_of_all_ranks(ranks, world, stages, sleep_level):
+    """An engine that sleeps has its weights at the sync, and its cache, which the comparison needs, at the rollout."""
+    results = ranks.all(colocate, sleep_level, world=world, stages=stages, trees=WHITENED)
     assert all(proven for _, proven in results)
     for steps in zip(*(done for done, _ in results), strict=True):
         expected = ordinary(steps[0][0], steps[0][3])
@@ -485,7 +487,7 @@ def test_trees_grow_on_the_engines_of_all_ranks(ranks, world, stages):
 
 
 def test_an_engine_that_lost_its_weights_ends_all_ranks(ranks):
-    results = ranks.run(colocate, True, world=2)
+    results = ranks.run(colocate, 0, True, world=2)
     assert all('WeightSyncError' in f'{type(r).__name__}: {r}' for r in results), results
     assert 'the engine of rank' in str(results[0])
 
