@@ -207,19 +207,25 @@ def test_kl_in_reward_is_taken_off_before_the_estimator(ranks):
 
 def asks(world: int, folder: str) -> Any:
     import tests.integration.megatron_world as m
+    from treepo_swift.trainer import megatron
 
+    said: list[str] = []
+    megatron.logger.warning = said.append
     client = m.Client()
     trainer = m.build(world, folder, client=client, vllm_server_pass_dataset=True, loss_type='fipo')
     trainer.state.iteration = 5
     batches = m.step(trainer, m.prompts(2))
     losses, _ = m.learn(trainer, batches)
     assert client.requests[0].data_dict['solution'] == '4'
-    return [r.data_dict['treepo'] for r in client.requests], trainer.tree_config.to_note(), losses, m.files(folder)
+    assert len(client.sessions[0].hooks['response']) == 1  # which unpacks answers
+    notes = [r.data_dict['treepo'] for r in client.requests]
+    return notes, trainer.tree_config.to_note(), losses, m.files(folder), said
 
 
 def test_every_request_says_what_grows_and_when(ranks):
     """And --loss_type fipo, which ms-swift 4.6.0 refuses in every run without a teacher, trains."""
-    ((notes, config, losses, files),) = ranks.all(asks)
+    ((notes, config, losses, files, said),) = ranks.all(asks, trees={'TREEPO_SHARED_PREFIX__ENABLED': 'true'})
+    assert any('shared_prefix does nothing with Megatron' in line for line in said)
     assert len(notes) == 8 and len(losses) == 8 and 'treepo_config.yaml' in files
     for note in notes:
         assert note['mode'] == 'tree' and note['config'] == config
