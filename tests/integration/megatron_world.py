@@ -21,6 +21,7 @@ from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest, Roll
 from swift.megatron.arguments import MegatronRLHFArguments
 from swift.megatron.trainers import base, rollout_mixin
 from swift.megatron.trainers.utils import gather_object
+from swift.rlhf_trainers import utils
 from swift.rollout import multi_turns
 
 from tests.integration.colocate_fakes import Llm, SwiftEngine
@@ -29,7 +30,9 @@ from treepo_swift.server.scheduler import TreeRolloutScheduler
 from treepo_swift.trainer.megatron import TreeMegatronGRPOTrainer
 
 base.warmup_jit_function = lambda config, args: None
-rollout_mixin.synchronize = lambda: None  # there is no device to wait for
+# There is no device to wait for, and none with memory to give back.
+rollout_mixin.synchronize = rollout_mixin.aggressive_empty_cache = lambda: None
+utils.aggressive_empty_cache = lambda: None
 multi_turns['treepo'] = TreeRolloutScheduler
 VOCABULARY = 330
 
@@ -253,6 +256,15 @@ def files(folder: str) -> list[str]:
     return sorted(os.listdir(folder))
 
 
+class Executor:
+    def __init__(self, llm: Llm) -> None:
+        self.llm = llm
+
+    @property
+    def is_sleeping(self) -> bool:
+        return self.llm.sleeps
+
+
 class Colocated(Trainer):
     """With an engine in the process that is stepped: it speaks bytes, and scores with the weights that were loaded."""
 
@@ -262,17 +274,34 @@ class Colocated(Trainer):
     def _prepare_vllm_engine(self) -> Any:
         llm = Llm()
         llm.reset_mm_cache = llm.reset_prefix_cache = llm.reset_encoder_cache = lambda: None
+        self.awake = {'weights', 'kv_cache'}
+
+        def sleep(level: int) -> None:
+            self.awake.clear()
+            llm.sleeps = True
+
+        def wake_up(tags: list[str]) -> None:
+            self.awake.update(tags)
+            llm.sleeps = len(self.awake) < 2
+
+        llm.sleep, llm.wake_up = sleep, wake_up
         engine = SwiftEngine(llm)
         engine.template.max_length = None
+        engine.inner_model_executor = Executor(llm)
         self.engine_model = Model()
         return engine
 
     def _plant_here(self, asked: Any) -> None:
         super()._plant_here(asked)
         self.request_config.seed = 7  # without one vLLM throws dice, and this engine repeats itself
-        self.trees_here.score = self.engine_model.logprobs
+        self.trees_here.score = self._engines_score
+
+    def _engines_score(self, token_ids: list[int]) -> list[float]:
+        assert self.awake == {'weights', 'kv_cache'}
+        return self.engine_model.logprobs(token_ids)
 
     def _export_and_load_weights(self) -> None:
+        assert 'weights' in self.awake and (self.args.sleep_level == 0 or 'kv_cache' not in self.awake)
         if not self.lost:
             self.engine_model.load_state_dict(dict(self.bridge.export_weights(self.unwrapped_models)))
 

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.integration.megatron_stub import installed
+
 TABLE = Path(__file__).with_suffix('.json')
 OURS = (
     'treepo_swift.trainer.trainer:TreeGRPOTrainer',
@@ -27,6 +29,9 @@ OURS = (
     'treepo_swift.server.recheck:RecheckScheduler',
 )
 """Classes over swift's: what they override is found by looking."""
+MEGATRON = 'treepo_swift.trainer.megatron:TreeMegatronGRPOTrainer'
+OURS_STUBBED = (MEGATRON, 'treepo_swift.trainer.ray_trainer:TreelessGRPOTrainer')
+"""Likewise, over parts of swift that load only where `megatron_stub` is installed."""
 ENGINE = 'swift.infer_engine.vllm_engine:VllmEngine'
 USED = (
     # Replaced on an instance or a class.
@@ -42,6 +47,18 @@ USED = (
     'swift.infer_engine.infer_engine:InferEngine._get_stop_token_ids',
     f'{ENGINE}._add_stop_words',
     'swift.rollout.multi_turn:RolloutScheduler.get_response_token_data',
+)
+_MEGATRON = 'swift.megatron.trainers'
+USED_STUBBED = (
+    # Called, though private.
+    f'{_MEGATRON}.rollout_mixin:MegatronRolloutMixin._get_rollout_group',
+    f'{_MEGATRON}.rlhf_mixin:MegatronRLHFTrainer.compute_per_token_logps',
+    # Where our trainers are looked up, and where the order of a batch is made.
+    'swift.megatron.pipelines.train.rlhf:MegatronRLHF.prepare_trainer',
+    'swift.ray.megatron.pipeline:MegatronRayPipeline._create_trainer',
+    f'{_MEGATRON}.grpo_trainer:MegatronGRPOTrainer.get_local_rollout_batch',
+    f'{_MEGATRON}.grpo_trainer:MegatronGRPOTrainer._server_rollout',
+    f'{_MEGATRON}.rollout_mixin:MegatronRolloutMixin._generate_completions',
 )
 Methods = dict[str, dict[str, str]]
 
@@ -63,8 +80,9 @@ def overridden(ours: str) -> Iterator[str]:
 
 def read_installed() -> Methods:
     """Signature and hash of each of these methods, as they are in the installed ms-swift."""
-    paths = sorted({*USED, *(path for ours in OURS for path in overridden(ours))})
-    return {path: read_method(path) for path in paths}
+    with installed():
+        paths = sorted({*USED, *USED_STUBBED, *(path for ours in OURS + OURS_STUBBED for path in overridden(ours))})
+        return {path: read_method(path) for path in paths}
 
 
 def read_method(path: str) -> dict[str, str]:

@@ -207,19 +207,25 @@ def test_kl_in_reward_is_taken_off_before_the_estimator(ranks):
 
 def asks(world: int, folder: str) -> Any:
     import tests.integration.megatron_world as m
+    from treepo_swift.trainer import megatron
 
+    said: list[str] = []
+    megatron.logger.warning = said.append
     client = m.Client()
     trainer = m.build(world, folder, client=client, vllm_server_pass_dataset=True, loss_type='fipo')
     trainer.state.iteration = 5
     batches = m.step(trainer, m.prompts(2))
     losses, _ = m.learn(trainer, batches)
     assert client.requests[0].data_dict['solution'] == '4'
-    return [r.data_dict['treepo'] for r in client.requests], trainer.tree_config.to_note(), losses, m.files(folder)
+    assert len(client.sessions[0].hooks['response']) == 1  # which unpacks answers
+    notes = [r.data_dict['treepo'] for r in client.requests]
+    return notes, trainer.tree_config.to_note(), losses, m.files(folder), said
 
 
 def test_every_request_says_what_grows_and_when(ranks):
     """And --loss_type fipo, which ms-swift 4.6.0 refuses in every run without a teacher, trains."""
-    ((notes, config, losses, files),) = ranks.all(asks)
+    ((notes, config, losses, files, said),) = ranks.all(asks, trees={'TREEPO_SHARED_PREFIX__ENABLED': 'true'})
+    assert any('shared_prefix does nothing with Megatron' in line for line in said)
     assert len(notes) == 8 and len(losses) == 8 and 'treepo_config.yaml' in files
     for note in notes:
         assert note['mode'] == 'tree' and note['config'] == config
@@ -246,13 +252,16 @@ def test_turns_keep_the_loss_mask_of_the_rollout(ranks, layout):
     assert trained == sampled and len(trained) == 8
 
 
+@pytest.mark.parametrize('size', [2, 4])
 @pytest.mark.parametrize('context, padding_to, free', [(1, None, False), (1, 8, True), (2, 8, True), (2, 4, False)])
-def test_paddings_of_tensor_and_context_parallel_keep_segments_on_their_tokens(ranks, context, padding_to, free):
+def test_paddings_of_tensor_and_context_parallel_keep_segments_on_their_tokens(ranks, context, padding_to, free, size):
     """The batches are swift's, made before it cuts them for its ranks. No forward pass over such ranks runs here."""
-    ranks.all(padded, context, padding_to, free, trees=SEGMENTS)
+    (longer,) = ranks.all(padded, context, padding_to, free, size)
+    # Where packed rows are padded, swift makes rows of the padding, from three samples on: they have no sample.
+    assert longer == (free and size > 2)
 
 
-def padded(world: int, folder: str, context: int, padding_to: int | None, free: bool) -> None:
+def padded(world: int, folder: str, context: int, padding_to: int | None, free: bool, size: int) -> bool:
     from swift.rl_core.data import GRPOSample
     from swift.rlhf_trainers.utils import collate_to_grpo_micro_batch, encode_sample
 
@@ -264,10 +273,11 @@ def padded(world: int, folder: str, context: int, padding_to: int | None, free: 
     template = m.new_template(padding_free=free, context=context)
     train_on_samples_only(template)
     trainer = object.__new__(m.Trainer)
-    trainer.__dict__.update(rollout_importance_sampling_mode=None, micro_batch_size=2)
+    trainer.__dict__.update(rollout_importance_sampling_mode=None, micro_batch_size=size)
     trainer.__dict__['args'] = SimpleNamespace(loss_type='grpo', off_policy_sequence_mask_delta=None)
     rows, batches = [], []
-    for counts in ([3, 2], [1, 4]), ([5, 1], [2, 2]):
+    every = [(3, 2), (1, 4), (5, 1), (2, 2)]
+    for counts in every[:size], every[size:]:
         samples = []
         for first, second in counts:
             ids = [10 + i for i in range(first + second)]
@@ -276,6 +286,8 @@ def padded(world: int, folder: str, context: int, padding_to: int | None, free: 
             report = {'id': 't', 'nodes': [1, 2], 'tokens': [first, second], 'stop': 'eos', 'depth': 2}
             segments = SegmentAdvantages([1.0, -2.0], [first, second], 0.25)
             rows.append((TreeReport.from_dict(report), segments))
+        if not samples:
+            break
         for sample in samples:
             sample.encoded = encode_sample(sample, template)
         inputs, batch = collate_to_grpo_micro_batch(
@@ -286,10 +298,11 @@ def padded(world: int, folder: str, context: int, padding_to: int | None, free: 
         assert padding_to is None or inputs['labels'].shape[1] % padding_to == 0
     trainer._finish(batches, rows)
     for index, (_, segments) in enumerate(rows):
-        batch = batches[index // 2]
-        values = batch.advantages[index % 2, batch.completion_mask[index % 2]].tolist()
+        batch, row = batches[index // size], index % size
+        values = batch.advantages[row, batch.completion_mask[row]].tolist()
         assert values == [1.0] * segments.tokens[0] + [-2.0] * segments.tokens[1]
-        assert (batch.advantages[index % 2, ~batch.completion_mask[index % 2]] == 0.25).all()
+        assert (batch.advantages[row, ~batch.completion_mask[row]] == 0.25).all()
+    return batches[0].completion_mask.shape[0] > size
 
 
 # What goes wrong ends all ranks.
@@ -445,10 +458,10 @@ def test_a_run_without_trees_is_swifts_own(ranks):
 # Colocate mode.
 
 
-def colocate(world: int, folder: str, lost: bool = False) -> Any:
+def colocate(world: int, folder: str, sleep_level: int = 0, lost: bool = False) -> Any:
     import tests.integration.megatron_world as m
 
-    trainer = m.build(world, folder, cls=m.Colocated, **COLOCATE)
+    trainer = m.build(world, folder, cls=m.Colocated, sleep_level=sleep_level, **COLOCATE)
     assert trainer.args.multi_turn_scheduler is None and trainer.multi_turn_scheduler is None
     done = []
     for number in range(3):
@@ -461,12 +474,14 @@ def colocate(world: int, folder: str, lost: bool = False) -> Any:
         for parameter in trainer.unwrapped_models[0].parameters():
             torch.distributed.broadcast(parameter.data, world - 1)
         done.append((everyone, trainer.rows, m.token_advantages(batches), trainer.tree_config))
+        assert trainer.awake == (set() if sleep_level else {'weights', 'kv_cache'})
     return done, trainer._sync_proof.proven
 
 
-@pytest.mark.parametrize('world, stages', [(1, 1), (2, 2), (4, 2)])
-def test_trees_grow_on_the_engines_of_all_ranks(ranks, world, stages):
-    results = ranks.all(colocate, world=world, stages=stages, trees=WHITENED)
+@pytest.mark.parametrize('world, stages, sleep_level', [(1, 1, 0), (1, 1, 1), (2, 2, 0), (4, 2, 2)])
+def test_trees_grow_on_the_engines_of_all_ranks(ranks, world, stages, sleep_level):
+    """An engine that sleeps has its weights at the sync, and its cache, which the comparison needs, at the rollout."""
+    results = ranks.all(colocate, sleep_level, world=world, stages=stages, trees=WHITENED)
     assert all(proven for _, proven in results)
     for steps in zip(*(done for done, _ in results), strict=True):
         expected = ordinary(steps[0][0], steps[0][3])
@@ -478,7 +493,7 @@ def test_trees_grow_on_the_engines_of_all_ranks(ranks, world, stages):
 
 
 def test_an_engine_that_lost_its_weights_ends_all_ranks(ranks):
-    results = ranks.run(colocate, True, world=2)
+    results = ranks.run(colocate, 0, True, world=2)
     assert all('WeightSyncError' in f'{type(r).__name__}: {r}' for r in results), results
     assert 'the engine of rank' in str(results[0])
 

@@ -9,7 +9,9 @@ pytest.importorskip('vllm')
 
 from packaging.version import Version
 
+from tests.integration.megatron_stub import installed
 from tests.integration.swift_methods import (
+    MEGATRON,
     USED,
     describe,
     differences,
@@ -17,7 +19,7 @@ from tests.integration.swift_methods import (
     overridden,
     read_installed,
 )
-from treepo_swift.compat.capabilities import SERVER_NEEDS, TRAINER_NEEDS
+from treepo_swift.compat.capabilities import MEGATRON_NEEDS, SERVER_NEEDS, TRAINER_NEEDS, require
 from treepo_swift.compat.versions import TESTED, installed_version
 
 TABLE = load_table()
@@ -71,6 +73,14 @@ def test_what_is_overridden_is_asked_for_at_start():
     methods |= {path.rpartition('.')[2] for path in USED} - {'_check_device_count'}  # `compat.cpu` asks for that
     private = {method for method in methods if method.startswith('_') and not method.endswith('__')}
     assert private and private <= asked, private - asked
+
+
+def test_what_megatrons_trainer_overrides_is_asked_for_where_megatron_is():
+    with installed():
+        require(MEGATRON_NEEDS)
+        methods = {path.rpartition('.')[2] for path in overridden(MEGATRON)}
+    asked = {need.path.rpartition('.')[2].partition('(')[0] for need in MEGATRON_NEEDS}
+    assert methods and methods <= asked, methods - asked
 
 
 @pytest.mark.parametrize(

@@ -134,9 +134,7 @@ class TreeMegatronGRPOTrainer(ProofMixin, MegatronGRPOTrainer):
         segments, self._segment_advantages = self._segment_advantages, None
         mine = self._of_this_rank(samples, reports)
         self._sampled = list(zip(mine, segments or [None] * len(mine), strict=True))
-        for _ in advantages:  # swift has logged its own
-            self._logs['advantages'].pop()
-        self._logs['advantages'].extend(advantages)
+        self._logs['advantages'].extend(advantages)  # it holds one batch: swift's own are pushed out
         return torch.tensor(self._of_this_rank(samples, advantages), dtype=plain.dtype, device=plain.device)
 
     def _generate_and_score_completions(self, inputs: list[Any]) -> list[dict[str, Any]]:
