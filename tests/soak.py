@@ -96,7 +96,9 @@ def main() -> None:
     first, *_, last = seen = asyncio.run(soak(args.trees, args.per_batch, args.rate))
     # The first tenth fills caches and starts threads.
     assert last['resident MiB'] < 1.1 * first['resident MiB'] + 20, seen
-    assert last['objects'] < 1.05 * first['objects'] and last['tasks'] == 1, seen
+    # A few for each thread that is there now; what is left of every tree would be thousands.
+    assert last['objects'] - first['objects'] < 0.2 * (last['trees'] - first['trees']), seen
+    assert last['tasks'] == 1, seen
     assert max(row['threads'] for row in seen) <= 300, seen
     print('flat')
 

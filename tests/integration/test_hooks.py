@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 import threading
@@ -106,6 +107,26 @@ def test_a_thread_that_hangs_is_replaced_and_counted_until_it_returns(few_thread
     # Those that came back are too many: they end.
     until(lambda: new_threads() <= few_threads)
     assert asyncio.run(call_all(runner, fine, 8, timeout=5.0)) == ['fine'] * 8
+
+
+def test_threads_that_come_back_late_are_kept_only_where_there_is_no_other(new_threads):
+    runner = HookRunner()
+    late = asyncio.run(call_all(runner, lambda index: time.sleep(0.3), 10, timeout=0.05))
+    assert all(isinstance(error, HookError) for error in late) and runner.hung.total() == 10
+    until(lambda: not runner.hung and new_threads() == 1)
+
+
+def test_what_a_late_hook_raises_is_nobodys_lost_error(caplog):
+    async def late() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            raise KeyError('board')
+
+    with pytest.raises(HookError, match='took more than'):
+        asyncio.run(HookRunner().call(late, timeout=0.02, where='here'))
+    gc.collect()
+    assert 'never retrieved' not in caplog.text
 
 
 def test_threads_are_made_when_they_are_needed_used_again_and_end(monkeypatch, new_threads):

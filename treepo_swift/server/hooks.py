@@ -107,6 +107,7 @@ class HookRunner:
             raise _DeadlinePassed
         finally:
             if not task.done():
+                task.add_done_callback(_look_away)
                 task.cancel()
                 try:
                     await asyncio.wait({task}, timeout=min(timeout, GRACE_SECONDS))
@@ -114,6 +115,12 @@ class HookRunner:
                     if not task.done():
                         self._hung_tasks[task] = name
                         task.add_done_callback(self._hung_tasks.pop)
+
+
+def _look_away(task: asyncio.Task[Any]) -> None:
+    """Nobody asks what came of a hook that was late; asyncio would log that as an error that was lost."""
+    if not task.cancelled():
+        task.exception()
 
 
 class _DeadlinePassed(TimeoutError):
@@ -183,7 +190,7 @@ class HookThreads:
 
     Threads are made when they are needed, used again, and end when nothing has come for a while. A call that has passed
     its deadline gives its place to another thread at once. Its own thread ends when the call returns, or is used again
-    where there is room. Threads are daemons: one that hangs does not keep the process alive.
+    where there is no other. Threads are daemons: one that hangs does not keep the process alive.
     """
 
     def __init__(self, limit: int) -> None:
@@ -253,8 +260,8 @@ class HookThreads:
                 call.returned = True
                 if call in self._hung:
                     self._hung.remove(call)
-                    if self._threads >= self._limit:
-                        return  # Its place was taken.
+                    if self._idle or self._threads >= self._limit:
+                        return  # Its place was taken, or is not needed.
                     self._threads += 1
                 self._idle += 1
             call.deliver(*outcome)
