@@ -25,7 +25,7 @@ def turn_configs(draw) -> TreeConfig:
     fork_at = draw(st.sampled_from(['both', 'segment', 'turn']))
     if fork_at != 'turn':
         return config.replace(fork_at=fork_at)
-    return config.replace(fork_at=fork_at, fallback=draw(st.sampled_from(IN_TURNS)))
+    return config.replace(fork_at=fork_at, fallback=draw(st.sampled_from(IN_TURNS)), fork_position='boundary')
 
 
 turn_configs = turn_configs()

@@ -67,6 +67,46 @@ if TYPE_CHECKING:
 else:
     Branching = choice('policy', 'even', EvenBranching, LogprobBranching, EntropyBranching, custom=CustomBranching)
 
+# Where forks start.
+
+
+class BoundaryPosition(Section):
+    """At the end of the segment (the paper's)."""
+
+    policy: Literal['boundary']
+
+
+class LogprobPosition(Section):
+    """Before the segment's least probable token, which is sampled anew."""
+
+    policy: Literal['min_logprob_token']
+
+
+class EntropyPosition(Section):
+    """Before the token of the segment at which the model was least certain."""
+
+    policy: Literal['max_entropy_token']
+    top_k: Positive = 20
+    """Log-probs per token from which the entropy is estimated."""
+
+
+class CustomPosition(Section):
+    """A policy that you registered (`register_fork_position`)."""
+
+    policy: Name = own_name('policy', 'boundary', 'min_logprob_token', 'max_entropy_token')
+    options: dict[str, Any] = {}
+    """What your policy reads as `context.config.fork_position.options`."""
+    top_k: NotNegative = 0
+    """Log-probs per token from which the entropies are estimated that your policy reads; 0: it reads none."""
+
+
+if TYPE_CHECKING:
+    ForkPosition: TypeAlias = Any
+else:
+    ForkPosition = choice(
+        'policy', 'boundary', BoundaryPosition, LogprobPosition, EntropyPosition, custom=CustomPosition
+    )
+
 # Budgets.
 
 

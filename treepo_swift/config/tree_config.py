@@ -14,12 +14,14 @@ from .errors import ConfigError, explained
 from .kinds import Count, Flag, NotNegative, Positive, Section
 from .sections import (
     Advantage,
+    BoundaryPosition,
     Branching,
     Budget,
     Checks,
     EvenBranching,
     Fallback,
     Faults,
+    ForkPosition,
     SegmentFallback,
     SharedPrefix,
     Stop,
@@ -92,6 +94,8 @@ class TreeConfig(Section):
     a turn, and the last is `--max_turns` of `swift rollout`."""
     branching: Branching = EvenBranching(policy='even')
     """How a boundary's branches are spread over its live paths. Every one gets at least one."""
+    fork_position: ForkPosition = BoundaryPosition(policy='boundary')
+    """Where the forks of a boundary start: at the end of the segment that has just ended, or inside it."""
     budget: Budget = WidthBudget(policy='by_width')
     """What bounds the forks besides W."""
     fallback: Fallback = SegmentFallback(policy='random_segment')
@@ -124,6 +128,11 @@ class TreeConfig(Section):
             raise ValueError(
                 f"fork_at='turn' with fallback.policy={self.fallback.policy!r}: it cuts inside turns. Use "
                 'random_segment (with fork_at: turn, where a turn begins), root or none.'
+            )
+        if self.fork_at == 'turn' and self.fork_position.policy != 'boundary':
+            raise ValueError(
+                f"fork_at='turn' with fork_position.policy={self.fork_position.policy!r}: paths fork only where a turn "
+                'begins, so no fork is inside a segment. Use boundary, or fork_at: both.'
             )
         return self
 
@@ -211,6 +220,13 @@ class TreeConfig(Section):
     def max_response_tokens(self) -> int:
         """D x S: most tokens that a path can have."""
         return self.max_depth * self.segment_length
+
+    @property
+    def entropy_logprobs(self) -> dict[str, int]:
+        """From how many log-probs per token entropies are estimated, by the keys that say so; empty where none are."""
+        sections = {'branching': self.branching, 'fork_position': self.fork_position}
+        asked = {f'{name}.top_k': getattr(section, 'top_k', 0) for name, section in sections.items()}
+        return {key: count for key, count in asked.items() if count}
 
     def check_fits(self, limit: int, name: str) -> None:
         """Raise `ConfigError` where the last segment of a path would begin past `limit` tokens; `name` is the option

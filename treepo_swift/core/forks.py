@@ -13,6 +13,7 @@ from .budgets import TokenBudget, next_width, paced_width
 from .messages import Limits
 from .policies import fallback
 from .policies.branching import BranchContext, branching_policies
+from .policies.fork_position import fork_positions, position_context
 from .tree import Node, Path, Tree, turns_before
 
 T = TypeVar('T')
@@ -25,6 +26,8 @@ class PolicyError(RuntimeError):
 def check_policies(config: TreeConfig) -> None:
     """Raise ``ValueError`` where `config` names a policy that nobody registered."""
     branching_policies[config.branching.policy]
+    if config.fork_position.policy != 'boundary':
+        fork_positions[config.fork_position.policy]
     if config.fallback.policy not in ('root', 'none'):
         fallback.cut_policies[config.fallback.policy]
 
@@ -82,6 +85,19 @@ class Forks:
             )
         return list(counts)
 
+    def position(self, path: Path) -> int:
+        """How many tokens of a live path its forks at this boundary keep. Raises `PolicyError`."""
+        name = self._config.fork_position.policy
+        context = None if name == 'boundary' else position_context(path, self._config, self._rng)
+        if context is None:
+            return path.leaf.length
+        position = _asked(f'fork position {name!r}', lambda: fork_positions[name](path, context))
+        if not isinstance(position, int) or not context.low <= position <= context.high:
+            raise PolicyError(
+                f'fork position {name!r} returned {position!r}, allowed are {context.low} to {context.high} tokens.'
+            )
+        return position
+
     @property
     def may_fall_back(self) -> bool:
         """Whether something can grow where no path lives."""
@@ -113,7 +129,7 @@ class Forks:
         return starts
 
     def _from_root(self, count: int) -> list[Path]:
-        return self.budget.covered([Path(self._tree.root, fallback_from=-1) for _ in range(count)])
+        return [Path(self._tree.root, fallback_from=-1) for _ in range(self.budget.covered([0] * count))]
 
     def _cut_position(self, path: Path) -> int:
         """How many tokens of a finished path a fallback branch keeps."""
