@@ -592,6 +592,7 @@ def test_a_config_that_this_server_can_not_follow_is_refused(config, message):
         ({}, 0),
         ({'branching': 'entropy', 'entropy_top_k': 5}, 5),
         ({'fork_position': {'policy': 'max_entropy_token', 'top_k': 7}}, 7),
+        ({'fallback': {'policy': 'max_entropy_token', 'top_k': 6}}, 6),
         ({'fork_position': {'policy': 'max_entropy_token', 'top_k': 7}, 'branching': 'entropy', 'entropy_top_k': 9}, 9),
     ],
 )

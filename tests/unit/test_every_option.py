@@ -48,6 +48,7 @@ TREE_KEYS: dict[str, tuple[Any, Any]] = {
     'fallback.policy': ('random_segment', 'random_token'),
     'fallback.candidates': ({'policy': 'random_segment'}, 'any'),
     'fallback.window': ('random_token', 1),
+    'fallback.cuts': ('random_token', 2),
     'fallback.block': (BLOCK, 3),
     'fallback.favour': (LOGPROB_BLOCK, 'high'),
     'fallback.fill': ('none', 'root'),
@@ -80,6 +81,7 @@ ELSEWHERE = {
         'tests/unit/test_fork_position.py'
         '::test_a_position_of_ones_own_takes_three_lines_and_reads_options_and_entropies'
     ),
+    'fallback.top_k': f'{SCHEDULER}::test_entropies_are_asked_for_where_a_policy_reads_them',
     'fallback.options': 'tests/unit/test_policies.py::test_options_reach_a_policy_of_ones_own',
     'advantage.options': 'tests/unit/test_estimators.py::test_options_reach_an_estimator_of_ones_own',
     'stop.repetition.near_characters': 'tests/unit/test_stopping.py::test_near_loops_are_found_where_asked',

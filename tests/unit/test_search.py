@@ -54,6 +54,7 @@ def configs(draw) -> TreeConfig:
         fallback=draw(st.sampled_from([*cut_policies, 'root', 'none'])),
         fallback_candidates=draw(st.sampled_from(['answer_or_eos', 'finished', 'best_reason_first', 'any'])),
         fallback_window=draw(st.integers(0, 3)),
+        fallback_cuts=draw(st.integers(1, 3)),
         fallback_block=draw(small),
         fallback_favour=draw(st.sampled_from(['low', 'high'])),
         fallback_fill=draw(st.sampled_from(['placeholder', 'root'])),

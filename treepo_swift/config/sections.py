@@ -148,6 +148,8 @@ class _CuttingFallback(Section):
     stop reason first; or all in random order. Without a candidate the root branches."""
     window: NotNegative = 0
     """Cut at most so many segments before a path's end; 0: anywhere."""
+    cuts: Positive = 1
+    """Cuts of each such path before what grew from them has ended; each gives up to d branches."""
 
 
 class SegmentFallback(_CuttingFallback):
@@ -160,6 +162,14 @@ class TokenFallback(_CuttingFallback):
     """Cut anywhere (`random_token`), or before the least probable token (`min_logprob_token`)."""
 
     policy: Literal['random_token', 'min_logprob_token']
+
+
+class EntropyFallback(_CuttingFallback):
+    """Cut before the token at which the model was least certain."""
+
+    policy: Literal['max_entropy_token']
+    top_k: Positive = 20
+    """Log-probs per token from which the entropy is estimated."""
 
 
 class BlockFallback(_CuttingFallback):
@@ -202,6 +212,7 @@ class CustomFallback(_CuttingFallback):
         'random_segment',
         'random_token',
         'min_logprob_token',
+        'max_entropy_token',
         'random_block',
         'logprob_block',
         'root',
@@ -219,6 +230,7 @@ else:
         'random_segment',
         SegmentFallback,
         TokenFallback,
+        EntropyFallback,
         BlockFallback,
         LogprobBlockFallback,
         RootFallback,
@@ -347,8 +359,8 @@ class TreepoAdvantage(_Advantage):
 
 
 class OtherAdvantage(_Advantage):
-    """Another estimator of the package (`grpo`, `rloo`, `reinforce_plus_plus`, `progress`, `spo`, `treerl`), or one
-    that you registered (`register_advantage`)."""
+    """Another estimator of the package (`grpo`, `rloo`, `reinforce_plus_plus`, `tree_grpo`, `progress`, `spo`,
+    `spo_tree`, `treerl`, `at2po`, `depth_wise`), or one that you registered (`register_advantage`)."""
 
     estimator: Name = own_name('estimator', 'treepo')
     options: dict[str, Any] = {}

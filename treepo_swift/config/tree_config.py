@@ -36,7 +36,7 @@ LEAST_DEPTH = 4
 """Segments of a full path where the engine's KV block is longer than a whole response, and so says nothing of S."""
 SHAPE = ('segment_length', 'max_depth', 'divergence', 'root_divergence')
 """The keys that say what a tree looks like. Where none of them is given, all are chosen to fit the run."""
-INSIDE_TURNS = ('random_token', 'random_block', 'min_logprob_token', 'logprob_block')
+INSIDE_TURNS = ('random_token', 'random_block', 'min_logprob_token', 'max_entropy_token', 'logprob_block')
 """Fallbacks that cut inside turns."""
 
 
@@ -224,7 +224,7 @@ class TreeConfig(Section):
     @property
     def entropy_logprobs(self) -> dict[str, int]:
         """From how many log-probs per token entropies are estimated, by the keys that say so; empty where none are."""
-        sections = {'branching': self.branching, 'fork_position': self.fork_position}
+        sections = {'branching': self.branching, 'fork_position': self.fork_position, 'fallback': self.fallback}
         asked = {f'{name}.top_k': getattr(section, 'top_k', 0) for name, section in sections.items()}
         return {key: count for key, count in asked.items() if count}
 

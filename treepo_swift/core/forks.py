@@ -122,25 +122,28 @@ class Forks:
         starts: list[Path] = []
         for index in chosen:
             path = self._tree.trajectories[index]
-            position = self._cut_position(path)
-            for _ in range(min(divergence, needed - len(starts))):
-                if self.budget.covers([*(start.leaf.length for start in starts), position]):
-                    starts.append(Path(self._tree.node_at(path, position), fallback_from=index))
+            taken: list[int] = []
+            for _ in range(self._config.fallback.cuts):
+                taken.append(self._cut(path, taken))
+                position = fallback.next_start(path, taken[-1], self._config)
+                for _ in range(min(divergence, needed - len(starts))):
+                    if self.budget.covers([*(start.leaf.length for start in starts), position]):
+                        starts.append(Path(self._tree.node_at(path, position), fallback_from=index))
         return starts
 
     def _from_root(self, count: int) -> list[Path]:
         return [Path(self._tree.root, fallback_from=-1) for _ in range(self.budget.covered([0] * count))]
 
-    def _cut_position(self, path: Path) -> int:
-        """How many tokens of a finished path a fallback branch keeps."""
+    def _cut(self, path: Path, taken: Sequence[int]) -> int:
+        """Where the policy cuts a finished path that was `taken` at these places."""
         name = self._config.fallback.policy
-        context = fallback.cut_context(path, self._config, self._rng)
+        context = fallback.cut_context(path, self._config, self._rng, taken)
         position = _asked(f'fallback {name!r}', lambda: fallback.cut_policies[name](path, context))
         if not isinstance(position, int) or not context.low <= position <= context.high:
             raise PolicyError(
                 f'fallback {name!r} returned {position!r}, allowed are {context.low} to {context.high} tokens.'
             )
-        return fallback.next_start(path, position, self._config)
+        return position
 
     def _paced_width(self, node: Node, first: int) -> int:
         """Most paths that may exist while what follows `node` grows."""
