@@ -103,6 +103,7 @@ KNOWN = {reader for readers in READ_BY.values() for reader in readers} | {
     *DEFAULTS.values(),
     'root',
     'random_token',
+    'min_logprob_segment',
     'min_logprob_token',
     'max_entropy_token',
 }

@@ -224,6 +224,7 @@ def test_cuts_are_where_their_names_say():
     even = cuts('random_segment', path, 3000)
     assert set(even) == {0, 4, 8} and all(abs(n - 1000) < 150 for n in even.values())
     assert set(cuts('random_token', path, 3000)) == set(range(12))
+    assert set(cuts('min_logprob_segment', path, 10)) == {4}
     assert set(cuts('random_block', path, 300, fallback_block=3)) == {0, 3, 6, 9}
     assert set(cuts('min_logprob_token', path, 10)) == {6}
     blocks = cuts('logprob_block', path, 3000, fallback_block=4)
@@ -242,6 +243,23 @@ def test_several_cuts_are_before_several_tokens():
         assert taken == expected, name
     with pytest.raises(ValueError, match='top-k log-probs'):
         cuts('max_entropy_token', live_path([-1.0]))
+
+
+def test_the_least_certain_segment_is_a_turn_where_only_turns_fork():
+    tree = Tree('t', [])
+    node = tree.add_node(tree.root, [1, 2], [-1.0, -4.0])
+    node = tree.add_environment(node, [9], None)
+    turn = tree.add_node(node, [3, 4], [-2.0, -2.0])
+    path = Path(tree.add_node(turn, [5], [-6.0]))
+    taken: list[int] = []
+    for fork_at in ('turn', 'both'):
+        context = cut_context(path, TreeConfig(fork_at=fork_at, max_depth=9), random.Random(0))
+        taken.append(cut_policies['min_logprob_segment'](path, context))
+    # Turns: means of -2.5 and -10 / 3. Segments: -2.5, -2 and -6.
+    assert taken == [3, 5]
+    config = TreeConfig(fork_at='turn', max_depth=9)
+    context = cut_context(path, config, random.Random(0), [3])
+    assert cut_policies['min_logprob_segment'](path, context) == 0
 
 
 def test_finished_chains_are_expanded_at_their_least_certain_tokens():

@@ -16,7 +16,7 @@ from treepo_swift.config import ConfigError, TreeConfig
 from treepo_swift.core.search import NextTurn, Segment
 from treepo_swift.core.tree import Node, Path, StopReason, response_ids, response_logprobs, sampled_tokens
 
-IN_TURNS = ('random_segment', 'root', 'none')
+IN_TURNS = ('random_segment', 'min_logprob_segment', 'root', 'none')
 
 
 @st.composite

@@ -153,9 +153,10 @@ class _CuttingFallback(Section):
 
 
 class SegmentFallback(_CuttingFallback):
-    """Cut at a segment boundary, each as likely as the others (the paper's)."""
+    """Cut at a segment boundary: each as likely as the others (`random_segment`, the paper's), or before the segment of
+    the lowest mean log-prob (`min_logprob_segment`). With `fork_at: turn` segments here are turns."""
 
-    policy: Literal['random_segment']
+    policy: Literal['random_segment', 'min_logprob_segment']
 
 
 class TokenFallback(_CuttingFallback):
@@ -210,6 +211,7 @@ class CustomFallback(_CuttingFallback):
     policy: Name = own_name(
         'policy',
         'random_segment',
+        'min_logprob_segment',
         'random_token',
         'min_logprob_token',
         'max_entropy_token',

@@ -60,6 +60,19 @@ def random_segment(path: Path, context: CutContext) -> int:
     return context.rng.choice(context.boundaries)
 
 
+@register_fallback('min_logprob_segment')
+def min_logprob_segment(path: Path, context: CutContext) -> int:
+    """Before the segment of the lowest mean log-prob, as AT2PO (arXiv 2601.04767) expands turns; of several cuts each
+    is before another one."""
+    logprobs = _logprobs_by_position(path)
+    ends = [*context.boundaries[1:], path.leaf.length]
+    means = []
+    for start, end in zip(context.boundaries, ends, strict=True):
+        known = [value for value in logprobs[start:end] if value is not None]
+        means.append((start in context.taken, math.fsum(known) / max(len(known), 1), start))
+    return min(means)[2]
+
+
 @register_fallback('random_token')
 def random_token(path: Path, context: CutContext) -> int:
     """Anywhere, each token as likely as the others."""
