@@ -19,6 +19,7 @@ PLACES = {
     'fallback': ('fallback', 'policy'),
     'fallback_candidates': ('fallback', 'candidates'),
     'fallback_window': ('fallback', 'window'),
+    'fallback_cuts': ('fallback', 'cuts'),
     'fallback_block': ('fallback', 'block'),
     'fallback_favour': ('fallback', 'favour'),
     'fallback_fill': ('fallback', 'fill'),
@@ -87,7 +88,7 @@ def _nested(keys: dict[str, Any]) -> dict[str, Any]:
         if chosen in KNOWN and chosen not in readers:
             values.get(section, {}).pop(name, None)
     if values.get('fallback', {}).get('policy') in ('root', 'none'):
-        for name in ('candidates', 'window'):
+        for name in ('candidates', 'window', 'cuts'):
             values['fallback'].pop(name, None)
     answer = values.get('stop', {}).get('answer', {})
     if answer.get('detector') != 'tags':
@@ -102,5 +103,7 @@ KNOWN = {reader for readers in READ_BY.values() for reader in readers} | {
     *DEFAULTS.values(),
     'root',
     'random_token',
+    'min_logprob_segment',
     'min_logprob_token',
+    'max_entropy_token',
 }

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from treepo_swift.core.policies.answers import register_answer
     from treepo_swift.core.policies.branching import register_branching
     from treepo_swift.core.policies.fallback import register_fallback
+    from treepo_swift.core.policies.fork_position import register_fork_position
     from treepo_swift.core.policies.stopping import check_text
     from treepo_swift.core.tree import Node, Path, StopReason, Tree
     from treepo_swift.plugin import register
@@ -39,6 +40,7 @@ __all__ = [
     'register_answer',
     'register_branching',
     'register_fallback',
+    'register_fork_position',
     'shared_logprobs',
     'whiten',
 ]
@@ -50,6 +52,7 @@ _MODULES = {
     'core.policies.answers': ('register_answer',),
     'core.policies.branching': ('register_branching',),
     'core.policies.fallback': ('register_fallback',),
+    'core.policies.fork_position': ('register_fork_position',),
     'core.policies.stopping': ('check_text',),
     'core.tree': ('Node', 'Path', 'StopReason', 'Tree'),
     'plugin': ('register',),

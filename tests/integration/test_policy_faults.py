@@ -14,6 +14,7 @@ from tests.integration.test_scheduler import requests, rollout, scheduler, tree_
 from treepo_swift.config import TreeConfig
 from treepo_swift.core.policies.branching import branching_policies
 from treepo_swift.core.policies.fallback import cut_policies
+from treepo_swift.core.policies.fork_position import fork_positions
 from treepo_swift.core.tree import StopReason
 from treepo_swift.server.failures import RolloutError
 from treepo_swift.server.scheduler import TreeRolloutScheduler
@@ -58,6 +59,12 @@ CASES = {
         "branching policy 'fault_test' returned 'two each'",
     ),
     'cut raises': (cut_policies, cut_raises, 'fallback', "fallback 'fault_test' raised IndexError: no such token"),
+    'position is outside': (
+        fork_positions,
+        cut_is_outside,
+        'fork_position',
+        "fork position 'fault_test' returned 5, allowed are 1 to 4 tokens",
+    ),
     'cut is outside': (cut_policies, cut_is_outside, 'fallback', "fallback 'fault_test' returned"),
 }
 
@@ -80,7 +87,8 @@ def test_a_policy_that_fails_ends_its_own_tree(case, by_segment, monkeypatch):
         stop={'answer': 'none', 'repetition': 'none'},
         fallback={'policy': 'fault_test', 'candidates': 'any'} if section == 'fallback' else 'random_segment',
         branching='fault_test' if section == 'branching' else 'even',
-        divergence=2 if section == 'branching' else 1,
+        fork_position='fault_test' if section == 'fork_position' else 'boundary',
+        divergence=1 if section == 'fallback' else 2,
         root_divergence=2,
     )
     engine = FakeEngine(speak=speak)

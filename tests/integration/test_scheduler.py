@@ -590,6 +590,8 @@ def test_an_answer_detector_that_raises_fails_only_its_paths():
     [
         (flat(branching='odd'), "Unknown branching policy 'odd': allowed are entropy"),
         (flat(fallback='odd'), "Unknown fallback 'odd': allowed are"),
+        (flat(fork_position='odd'), "Unknown fork position 'odd': allowed are"),
+        (flat(fork_position={'policy': 'max_entropy_token', 'top_k': 21}), r'fork_position.top_k=21: this server'),
         (flat(answer='odd'), "Unknown answer detector 'odd': allowed are"),
         (flat(branching='entropy', entropy_top_k=21), 'this server returns at most 20 log-probs'),
         (flat(budget='by_segment_tokens', budget_tokens=1000), '2 prompts of a batch need at least a segment'),
@@ -599,6 +601,29 @@ def test_a_config_that_this_server_can_not_follow_is_refused(config, message):
     config = changed(config, segment_length=512, max_depth=2)
     with pytest.raises((ConfigError, ValueError), match=message):
         rollout(requests('a', 'b', 'a', 'b', config=config))
+
+
+@pytest.mark.parametrize(
+    'keys, asked',
+    [
+        ({}, 0),
+        ({'branching': 'entropy', 'entropy_top_k': 5}, 5),
+        ({'fork_position': {'policy': 'max_entropy_token', 'top_k': 7}}, 7),
+        ({'fallback': {'policy': 'max_entropy_token', 'top_k': 6}}, 6),
+        ({'fork_position': {'policy': 'max_entropy_token', 'top_k': 7}, 'branching': 'entropy', 'entropy_top_k': 9}, 9),
+    ],
+)
+def test_entropies_are_asked_for_where_a_policy_reads_them(keys, asked, monkeypatch):
+    heard = []
+    begin = FakeEngine.begin_batch
+
+    async def begin_batch(self, request_config, *, top_logprobs=0):
+        heard.append(top_logprobs)
+        await begin(self, request_config, top_logprobs=top_logprobs)
+
+    monkeypatch.setattr(FakeEngine, 'begin_batch', begin_batch)
+    rollout(requests('a', 'a', config=flat(segment_length=16, max_depth=2, **keys)), scheduler(FakeEngine()))
+    assert heard == [asked]
 
 
 def test_a_probe_checks_the_trainers_config_before_training_starts():

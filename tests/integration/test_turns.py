@@ -110,10 +110,16 @@ def test_a_turn_goes_on_from_all_tokens_of_the_turn_before():
 
 
 @pytest.mark.parametrize('by_segment', [False, True])
-@pytest.mark.parametrize('fork_at', ['both', 'segment', 'turn'])
-def test_shared_nodes_mean_shared_turns(by_segment, fork_at):
+@pytest.mark.parametrize(
+    'fork_at, fork_position',
+    [('both', 'boundary'), ('segment', 'boundary'), ('turn', 'boundary'), ('both', 'min_logprob_token')],
+)
+def test_shared_nodes_mean_shared_turns(by_segment, fork_at, fork_position):
     tree = type('Tree', (ChatTree,), {'by_segment': by_segment})
-    outputs = talk(tree, config=flat(segment_length=2, max_depth=8, answer='none', fork_at=fork_at, root_divergence=1))
+    config = flat(segment_length=2, max_depth=8, answer='none', fork_at=fork_at, root_divergence=1)
+    if fork_position != 'boundary':
+        config = config.replace(segment_length=3, fork_position=fork_position)
+    outputs = talk(tree, config=config)
     check_laws(outputs)
     for a in outputs:
         for b in outputs:
@@ -292,9 +298,13 @@ class Uncopyable(Counter):
     copyable = False
 
 
+@pytest.mark.parametrize('fork_position', ['boundary', 'max_entropy_token'])
 @pytest.mark.parametrize('fork_state', ['copy', 'replay'])
-def test_state_forks_with_its_path_and_is_released(fork_state):
+def test_state_forks_with_its_path_and_is_released(fork_state, fork_position):
     config = flat(segment_length=4, max_depth=8, answer='none', fork_state=fork_state)
+    if fork_position != 'boundary':
+        # Forks only inside segments of turns: each begins anew from the state that its turn began with.
+        config = config.replace(fork_position=fork_position, root_divergence=1, fork_at='segment', segment_length=3)
     target = (Counter if fork_state == 'copy' else Uncopyable)(
         segment_engine=FakeEngine(speak=speak), tokenizer=FakeTokenizer()
     )
@@ -306,6 +316,7 @@ def test_state_forks_with_its_path_and_is_released(fork_state):
         assert output.messages[0]['content'] == 'count with me'
     assert not target.told
     stats = tree_of(outputs[0])['stats']
+    assert stats['forks'] > 0
     assert (stats['replayed_turns'] > 0) == (fork_state == 'replay')
     assert target.started > 1 if fork_state == 'replay' else target.started == 1
 

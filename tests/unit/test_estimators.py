@@ -26,8 +26,8 @@ from treepo_swift.config import TreeConfig
 from treepo_swift.core.tree import StopReason
 from treepo_swift.wire.report import TreeReport
 
-TRAJECTORY_LEVEL = ['treepo', 'grpo', 'rloo', 'reinforce_plus_plus']
-SEGMENT_LEVEL = ['progress', 'spo', 'treerl']
+TRAJECTORY_LEVEL = ['treepo', 'grpo', 'rloo', 'reinforce_plus_plus', 'tree_grpo']
+SEGMENT_LEVEL = ['progress', 'spo', 'spo_tree', 'treerl', 'at2po', 'depth_wise']
 ESTIMATORS = TRAJECTORY_LEVEL + SEGMENT_LEVEL
 NORMALISATIONS = ['whiten', 'group', 'none']
 
@@ -80,6 +80,16 @@ def test_options_reach_an_estimator_of_ones_own():
         ('grpo', [g / (math.sqrt(1 / 3) + EPS) for g in (0.5, -0.5, -0.5, 0.5)]),
         ('rloo', [2 / 3, -2 / 3, -2 / 3, 2 / 3]),
         ('reinforce_plus_plus', [0.5, -0.5, -0.5, 0.5]),
+        # Below a: rewards 1 0 0 of mean 1/3 and squared gaps 4/9 + 1/9 + 1/9, over 2. b has one trajectory: 0.
+        (
+            'tree_grpo',
+            [
+                0.5 / (math.sqrt(1 / 3) + 1e-6) + 2 / 3 / (math.sqrt(1 / 3) + 1e-6),
+                -0.5 / (math.sqrt(1 / 3) + 1e-6) - 1 / 3 / (math.sqrt(1 / 3) + 1e-6),
+                -0.5 / (math.sqrt(1 / 3) + 1e-6) - 1 / 3 / (math.sqrt(1 / 3) + 1e-6),
+                0.5 / (math.sqrt(1 / 3) + 1e-6),
+            ],
+        ),
     ],
 )
 def test_golden_values_of_trajectories(estimator, expected):
@@ -91,6 +101,18 @@ def test_golden_values_of_trajectories(estimator, expected):
     [
         ('progress', [[-1 / 6, 1 / 6, 0.5], [-1 / 6, 1 / 6, -0.5], [-1 / 6, -1 / 3], [0.5, 0]]),
         ('spo', [[-z(2 / 3), z(0.5), z(1)], [-z(2 / 3), z(0.5), -z(1)], [-z(2 / 3), -z(0.5)], [z(2 / 3), 0]]),
+        # Averaged child by child: c 1/2, a (1/2 + 0) / 2, b 1, u (1/4 + 1) / 2.
+        ('spo_tree', [[-0.375, 0.25, 0.5], [-0.375, 0.25, -0.5], [-0.375, -0.25], [0.375, 0]]),
+        # The same less the mean reward 1/2, over the standard deviation 1/2 (of 4, not 3).
+        (
+            'at2po',
+            [[v / (0.5 + 1e-6) for v in row] for row in ([-0.25, 0, 0.5], [-0.25, 0, -0.5], [-0.25, -0.5], [0.5, 0.5])],
+        ),
+        # Depth 1: 1/3 and 1. Depth 2: 1/2, 0 and 1, of mean 1/2 and std 1/2. Depth 3: 1 and 0.
+        (
+            'depth_wise',
+            [[-Z, 0, Z], [-Z, 0, -Z], [-Z, -1], [Z, 1]],
+        ),
         (
             'treerl',
             [
@@ -104,7 +126,35 @@ def test_golden_values_of_trajectories(estimator, expected):
 )
 def test_golden_values_of_segments(estimator, expected):
     for mine, theirs in zip(estimate_segments(PATHS, REWARDS, estimator=estimator), expected, strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-12)
+        # `depth_wise` adds 1e-8 to its standard deviation.
+        assert mine == pytest.approx(theirs, abs=1e-7 if estimator == 'depth_wise' else 1e-12)
+
+
+def test_tree_grpo_of_one_first_branch_counts_it_twice_and_of_single_ones_once():
+    rewards = [1.0, 0.0, 0.0, 1.0]
+    chain = [['u', 'a', i] for i in range(4)]
+    fan = [['u', i] for i in range(4)]
+    one = estimate(fan, rewards, estimator='tree_grpo')
+    assert one == pytest.approx([g / (math.sqrt(1 / 3) + 1e-6) for g in (0.5, -0.5, -0.5, 0.5)])
+    assert estimate(chain, rewards, estimator='tree_grpo') == pytest.approx([2 * v for v in one])
+
+
+def test_depths_are_those_of_one_tree_and_a_node_alone_at_its_depth_gets_zero():
+    paths = [['u', 1, 2], ['u', 3], ['v', 1], ['v', 3]]
+    values = estimate_segments(paths, [1.0, 0.0, 0.0, 2.0], estimator='depth_wise')
+    assert flat(values) == pytest.approx([Z, 0, -Z, -Z, Z], abs=1e-7)
+
+
+@pytest.mark.parametrize('estimator', ['spo_tree', 'at2po'])
+def test_a_trajectory_that_ends_where_another_goes_on_is_one_more_child(estimator):
+    # Two end below 1, one in 1 itself: U(1) is their mean.
+    paths = [['u', 1], ['u', 1, 2], ['u', 1, 3], ['u', 4]]
+    values = estimate_segments(paths, [1.0, 0.0, 0.0, 0.0], estimator=estimator)
+    if estimator == 'spo_tree':
+        assert flat(values) == pytest.approx([1 / 6, 1 / 6, -1 / 3, 1 / 6, -1 / 3, -1 / 6])
+    else:
+        std = math.sqrt(3 / 16) + 1e-6
+        assert flat(values) == pytest.approx([v / std for v in (1 / 12, 1 / 12, -0.25, 1 / 12, -0.25, -0.25)])
 
 
 def test_spo_of_three_siblings_counts_each_once():
@@ -140,13 +190,13 @@ def test_an_empty_batch(estimator):
 
 
 def test_levels():
-    assert [is_segment_level(name) for name in ESTIMATORS] == [False] * 4 + [True] * 3
+    assert [is_segment_level(name) for name in ESTIMATORS] == [False] * 5 + [True] * 6
     for name in ESTIMATORS:
         check_estimator(name)
     assert estimate_segments(PATHS, REWARDS, estimator='rloo')[0] == pytest.approx([2 / 3] * 3)
     with pytest.raises(ValueError, match="'progress' gives one value per segment: call estimate_segments"):
         estimate(PATHS, REWARDS, estimator='progress')
-    with pytest.raises(ValueError, match="Unknown advantage estimator 'nope': allowed are grpo, .*treerl"):
+    with pytest.raises(ValueError, match="Unknown advantage estimator 'nope': allowed are .*grpo, .*treerl"):
         is_segment_level('nope')
     with pytest.raises(ValueError, match="level='token'.*allowed are trajectory, segment"):
         register_advantage('test_token', level='token')

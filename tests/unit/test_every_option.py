@@ -42,11 +42,13 @@ TREE_KEYS: dict[str, tuple[Any, Any]] = {
     'branching.favour': ({'policy': 'entropy', 'temperature': 0.1}, 'high'),
     'branching.temperature': ('logprob', 0.01),
     'branching.schedule': ({'policy': 'logprob', 'temperature': (50.0, 0.01)}, 'sinusoid'),
+    'fork_position.policy': ('boundary', 'min_logprob_token'),
     'budget.policy': ({'policy': 'by_segment_tokens', 'tokens': 120}, 'by_trajectory_tokens'),
     'budget.tokens': ({'policy': 'by_trajectory_tokens', 'tokens': 200}, 90),
     'fallback.policy': ('random_segment', 'random_token'),
     'fallback.candidates': ({'policy': 'random_segment'}, 'any'),
     'fallback.window': ('random_token', 1),
+    'fallback.cuts': ('random_token', 2),
     'fallback.block': (BLOCK, 3),
     'fallback.favour': (LOGPROB_BLOCK, 'high'),
     'fallback.fill': ('none', 'root'),
@@ -74,6 +76,12 @@ COLOCATE = 'tests/integration/test_colocate.py'
 ELSEWHERE = {
     'branching.top_k': f'{SCHEDULER}::test_a_config_that_this_server_can_not_follow_is_refused',
     'branching.options': 'tests/unit/test_policies.py::test_options_reach_a_policy_of_ones_own',
+    'fork_position.top_k': f'{SCHEDULER}::test_entropies_are_asked_for_where_a_policy_reads_them',
+    'fork_position.options': (
+        'tests/unit/test_fork_position.py'
+        '::test_a_position_of_ones_own_takes_three_lines_and_reads_options_and_entropies'
+    ),
+    'fallback.top_k': f'{SCHEDULER}::test_entropies_are_asked_for_where_a_policy_reads_them',
     'fallback.options': 'tests/unit/test_policies.py::test_options_reach_a_policy_of_ones_own',
     'advantage.options': 'tests/unit/test_estimators.py::test_options_reach_an_estimator_of_ones_own',
     'stop.repetition.near_characters': 'tests/unit/test_stopping.py::test_near_loops_are_found_where_asked',

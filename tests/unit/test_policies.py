@@ -224,6 +224,7 @@ def test_cuts_are_where_their_names_say():
     even = cuts('random_segment', path, 3000)
     assert set(even) == {0, 4, 8} and all(abs(n - 1000) < 150 for n in even.values())
     assert set(cuts('random_token', path, 3000)) == set(range(12))
+    assert set(cuts('min_logprob_segment', path, 10)) == {4}
     assert set(cuts('random_block', path, 300, fallback_block=3)) == {0, 3, 6, 9}
     assert set(cuts('min_logprob_token', path, 10)) == {6}
     blocks = cuts('logprob_block', path, 3000, fallback_block=4)
@@ -233,8 +234,68 @@ def test_cuts_are_where_their_names_say():
     assert abs(other[4] / 3000 - 1 / (1 + 2 * math.e)) < 0.05
 
 
+def test_several_cuts_are_before_several_tokens():
+    path = live_path([-1.0, -2.0, -5.0, -4.0], entropies=[0.1, 0.4, 0.2, 0.3])
+    for name, expected in (('min_logprob_token', [2, 3, 1, 0, 2]), ('max_entropy_token', [1, 3, 2, 0, 1])):
+        taken: list[int] = []
+        for _ in range(5):
+            taken.append(cut_policies[name](path, cut_context(path, flat(max_depth=9), random.Random(0), taken)))
+        assert taken == expected, name
+    with pytest.raises(ValueError, match='top-k log-probs'):
+        cuts('max_entropy_token', live_path([-1.0]))
+
+
+def test_the_least_certain_segment_is_a_turn_where_only_turns_fork():
+    tree = Tree('t', [])
+    node = tree.add_node(tree.root, [1, 2], [-1.0, -4.0])
+    node = tree.add_environment(node, [9], None)
+    turn = tree.add_node(node, [3, 4], [-2.0, -2.0])
+    path = Path(tree.add_node(turn, [5], [-6.0]))
+    taken: list[int] = []
+    for fork_at in ('turn', 'both'):
+        context = cut_context(path, TreeConfig(fork_at=fork_at, max_depth=9), random.Random(0))
+        taken.append(cut_policies['min_logprob_segment'](path, context))
+    # Turns: means of -2.5 and -10 / 3. Segments: -2.5, -2 and -6.
+    assert taken == [3, 5]
+    config = TreeConfig(fork_at='turn', max_depth=9)
+    context = cut_context(path, config, random.Random(0), [3])
+    assert cut_policies['min_logprob_segment'](path, context) == 0
+
+
+def test_finished_chains_are_expanded_at_their_least_certain_tokens():
+    """TreeRL's rounds: m chains, the n most surprising tokens of each, t branches at each of these."""
+    m, n, t = 3, 2, 2
+    config = TreeConfig(
+        segment_length=8,
+        max_depth=2,
+        root_divergence=m,
+        pacing={1: m},
+        divergence=t,
+        fallback={'policy': 'min_logprob_token', 'candidates': 'any', 'cuts': n},
+        stop={'answer': 'none', 'repetition': 'none'},
+    )
+    values = {
+        1: [-1, -9, -1, -8, -1, -1, -1, -1],
+        2: [-1, -1, -7, -1, -9, -1, -1, -1],
+        3: [-9, -1, -1, -1, -8, -1, -1, -1],
+    }
+    search = make_search(config, m + m * n * t)
+    started = {}
+
+    def answer(request):
+        started[request.path_id] = response_ids(request.prefix)
+        values_of = values.get(request.path_id, [-1.0] * 8)
+        return Segment([10 * request.path_id + i for i in range(8)], [float(v) for v in values_of], StopReason.EOS)
+
+    grow(search, answer=answer)
+    assert search.tree.stats.fallbacks == m * n * t and search.tree.stats.forks == m - 1
+    prefixes = Counter(tuple(ids) for path_id, ids in started.items() if path_id > m)
+    expected = [(10,), (10, 11, 12), (20, 21), (20, 21, 22, 23), (), (30, 31, 32, 33)]
+    assert prefixes == dict.fromkeys(expected, t)
+
+
 def test_windows_and_depths_bound_every_cut():
-    path = live_path([-1.0] * 4, [-5.0] * 4, [-1.0] * 4)
+    path = live_path([-1.0] * 4, [-5.0] * 4, [-1.0] * 4, entropies=[1.0, 2.0, 4.0, 3.0])
     for name in cut_policies:
         assert min(cuts(name, path, 300, fallback_window=1, fallback_block=3)) >= 8, name
         assert min(cuts(name, path, 300, fallback_window=2, fallback_block=3)) >= 4, name

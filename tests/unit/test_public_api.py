@@ -56,10 +56,12 @@ def test_every_registration_is_the_same_idiom():
     from treepo_swift.core.policies.answers import answer_detectors
     from treepo_swift.core.policies.branching import branching_policies
     from treepo_swift.core.policies.fallback import cut_policies
+    from treepo_swift.core.policies.fork_position import fork_positions
 
     for register, table, kind in (
         (treepo_swift.register_branching, branching_policies, 'branching policy'),
         (treepo_swift.register_fallback, cut_policies, 'fallback'),
+        (treepo_swift.register_fork_position, fork_positions, 'fork position'),
         (treepo_swift.register_answer, answer_detectors, 'answer detector'),
         (treepo_swift.register_advantage, registry._estimators, 'advantage estimator'),
     ):

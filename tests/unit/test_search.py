@@ -16,6 +16,7 @@ from tests.flat import flat
 from treepo_swift.config import TreeConfig
 from treepo_swift.core.policies.branching import branching_policies
 from treepo_swift.core.policies.fallback import cut_policies
+from treepo_swift.core.policies.fork_position import fork_positions
 from treepo_swift.core.search import Segment, TreeSearch
 from treepo_swift.core.tree import Node, StopReason, Tree, response_ids, response_logprobs
 
@@ -47,11 +48,13 @@ def configs(draw) -> TreeConfig:
         branch_temperature=draw(st.sampled_from([0.01, 1.0, (5.0, 1.0)])),
         branch_schedule=draw(st.sampled_from(['linear', 'cosine', 'sinusoid'])),
         pacing=pacing,
+        fork_position=draw(st.sampled_from(['boundary', *fork_positions])),
         budget=budget,
         budget_tokens=0 if budget == 'by_width' else segment_length * draw(small) + draw(st.integers(0, 3)),
         fallback=draw(st.sampled_from([*cut_policies, 'root', 'none'])),
         fallback_candidates=draw(st.sampled_from(['answer_or_eos', 'finished', 'best_reason_first', 'any'])),
         fallback_window=draw(st.integers(0, 3)),
+        fallback_cuts=draw(st.integers(1, 3)),
         fallback_block=draw(small),
         fallback_favour=draw(st.sampled_from(['low', 'high'])),
         fallback_fill=draw(st.sampled_from(['placeholder', 'root'])),

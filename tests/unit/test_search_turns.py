@@ -16,7 +16,7 @@ from treepo_swift.config import ConfigError, TreeConfig
 from treepo_swift.core.search import NextTurn, Segment
 from treepo_swift.core.tree import Node, Path, StopReason, response_ids, response_logprobs, sampled_tokens
 
-IN_TURNS = ('random_segment', 'root', 'none')
+IN_TURNS = ('random_segment', 'min_logprob_segment', 'root', 'none')
 
 
 @st.composite
@@ -25,7 +25,7 @@ def turn_configs(draw) -> TreeConfig:
     fork_at = draw(st.sampled_from(['both', 'segment', 'turn']))
     if fork_at != 'turn':
         return config.replace(fork_at=fork_at)
-    return config.replace(fork_at=fork_at, fallback=draw(st.sampled_from(IN_TURNS)))
+    return config.replace(fork_at=fork_at, fallback=draw(st.sampled_from(IN_TURNS)), fork_position='boundary')
 
 
 turn_configs = turn_configs()

@@ -54,6 +54,7 @@ configs = st.fixed_dictionaries(
         'root_divergence': st.integers(1, 4),
         'pacing': st.sampled_from(['eager', 'even']),
         'fallback': st.sampled_from(['random_segment', 'random_token', 'root']),
+        'fork_position': st.sampled_from(['boundary', 'boundary', 'min_logprob_token', 'max_entropy_token']),
     }
 )
 batches = st.fixed_dictionaries(

@@ -5,6 +5,8 @@ is every trajectory whose path begins with the same j + 1 ids. Trajectory-level 
 trajectory (`estimate`), segment-level ones one per node after the root (`estimate_segments`).
 """
 
+from .at2po import at2po
+from .depth_wise import depth_wise
 from .grpo import grpo
 from .normalisation import normalise
 from .progress import progress
@@ -21,7 +23,9 @@ from .registry import (
 from .reinforce_plus_plus import reinforce_plus_plus
 from .rloo import rloo
 from .spo import spo
+from .spo_tree import spo_tree
 from .subgroups import Subgroups
+from .tree_grpo import tree_grpo
 from .treepo import treepo
 from .treerl import treerl
 from .whitening import whiten
@@ -30,7 +34,9 @@ __all__ = [
     'AdvantageEstimator',
     'SegmentAdvantageEstimator',
     'Subgroups',
+    'at2po',
     'check_estimator',
+    'depth_wise',
     'estimate',
     'estimate_segments',
     'grpo',
@@ -42,6 +48,8 @@ __all__ = [
     'reinforce_plus_plus',
     'rloo',
     'spo',
+    'spo_tree',
+    'tree_grpo',
     'treepo',
     'treerl',
     'whiten',

@@ -83,6 +83,28 @@ class Subgroups:
         """Sum of a quantity of nodes over each path."""
         return np.bincount(self.trajectory_S, weights=value_N[self.node_S], minlength=len(self.gain_L))
 
+    def depth_N(self) -> np.ndarray:
+        """Nodes between the tree's root and each node, itself counted; 0 at the root."""
+        depth_N = np.empty_like(self.parent_N)
+        depth_N[self.node_S] = np.arange(len(self.node_S)) - self._start_L[self.trajectory_S]
+        return depth_N
+
+    def child_mean_N(self) -> np.ndarray:
+        """Mean over a node's children of the same, up to the lowest reward of the tree; at the end of a trajectory its
+        gain. A trajectory that ends where others go on is one of the children."""
+        total = len(self.parent_N)
+        last_L = self.node_S[self._end_L - 1]
+        sum_N = np.bincount(last_L, weights=self.gain_L, minlength=total)
+        count_N = np.bincount(last_L, minlength=total)
+        value_N, depth_N = np.zeros(total), self.depth_N()
+        for depth in range(depth_N.max(initial=0), -1, -1):
+            here = np.flatnonzero(depth_N == depth)
+            value_N[here] = sum_N[here] / count_N[here]
+            if depth:
+                np.add.at(sum_N, self.parent_N[here], value_N[here])
+                np.add.at(count_N, self.parent_N[here], 1)
+        return value_N
+
     def is_flat_N(self) -> np.ndarray:
         """Whether all rewards of the subgroup are exactly alike."""
         some_L_of_N = np.empty_like(self.parent_N)

@@ -67,6 +67,46 @@ if TYPE_CHECKING:
 else:
     Branching = choice('policy', 'even', EvenBranching, LogprobBranching, EntropyBranching, custom=CustomBranching)
 
+# Where forks start.
+
+
+class BoundaryPosition(Section):
+    """At the end of the segment (the paper's)."""
+
+    policy: Literal['boundary']
+
+
+class LogprobPosition(Section):
+    """Before the segment's least probable token, which is sampled anew."""
+
+    policy: Literal['min_logprob_token']
+
+
+class EntropyPosition(Section):
+    """Before the token of the segment at which the model was least certain."""
+
+    policy: Literal['max_entropy_token']
+    top_k: Positive = 20
+    """Log-probs per token from which the entropy is estimated."""
+
+
+class CustomPosition(Section):
+    """A policy that you registered (`register_fork_position`)."""
+
+    policy: Name = own_name('policy', 'boundary', 'min_logprob_token', 'max_entropy_token')
+    options: dict[str, Any] = {}
+    """What your policy reads as `context.config.fork_position.options`."""
+    top_k: NotNegative = 0
+    """Log-probs per token from which the entropies are estimated that your policy reads; 0: it reads none."""
+
+
+if TYPE_CHECKING:
+    ForkPosition: TypeAlias = Any
+else:
+    ForkPosition = choice(
+        'policy', 'boundary', BoundaryPosition, LogprobPosition, EntropyPosition, custom=CustomPosition
+    )
+
 # Budgets.
 
 
@@ -108,18 +148,29 @@ class _CuttingFallback(Section):
     stop reason first; or all in random order. Without a candidate the root branches."""
     window: NotNegative = 0
     """Cut at most so many segments before a path's end; 0: anywhere."""
+    cuts: Positive = 1
+    """Cuts of each such path before what grew from them has ended; each gives up to d branches."""
 
 
 class SegmentFallback(_CuttingFallback):
-    """Cut at a segment boundary, each as likely as the others (the paper's)."""
+    """Cut at a segment boundary: each as likely as the others (`random_segment`, the paper's), or before the segment of
+    the lowest mean log-prob (`min_logprob_segment`). With `fork_at: turn` segments here are turns."""
 
-    policy: Literal['random_segment']
+    policy: Literal['random_segment', 'min_logprob_segment']
 
 
 class TokenFallback(_CuttingFallback):
     """Cut anywhere (`random_token`), or before the least probable token (`min_logprob_token`)."""
 
     policy: Literal['random_token', 'min_logprob_token']
+
+
+class EntropyFallback(_CuttingFallback):
+    """Cut before the token at which the model was least certain."""
+
+    policy: Literal['max_entropy_token']
+    top_k: Positive = 20
+    """Log-probs per token from which the entropy is estimated."""
 
 
 class BlockFallback(_CuttingFallback):
@@ -160,8 +211,10 @@ class CustomFallback(_CuttingFallback):
     policy: Name = own_name(
         'policy',
         'random_segment',
+        'min_logprob_segment',
         'random_token',
         'min_logprob_token',
+        'max_entropy_token',
         'random_block',
         'logprob_block',
         'root',
@@ -179,6 +232,7 @@ else:
         'random_segment',
         SegmentFallback,
         TokenFallback,
+        EntropyFallback,
         BlockFallback,
         LogprobBlockFallback,
         RootFallback,
@@ -307,8 +361,8 @@ class TreepoAdvantage(_Advantage):
 
 
 class OtherAdvantage(_Advantage):
-    """Another estimator of the package (`grpo`, `rloo`, `reinforce_plus_plus`, `progress`, `spo`, `treerl`), or one
-    that you registered (`register_advantage`)."""
+    """Another estimator of the package (`grpo`, `rloo`, `reinforce_plus_plus`, `tree_grpo`, `progress`, `spo`,
+    `spo_tree`, `treerl`, `at2po`, `depth_wise`), or one that you registered (`register_advantage`)."""
 
     estimator: Name = own_name('estimator', 'treepo')
     options: dict[str, Any] = {}

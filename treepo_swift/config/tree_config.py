@@ -14,12 +14,14 @@ from .errors import ConfigError, explained
 from .kinds import Count, Flag, NotNegative, Positive, Section
 from .sections import (
     Advantage,
+    BoundaryPosition,
     Branching,
     Budget,
     Checks,
     EvenBranching,
     Fallback,
     Faults,
+    ForkPosition,
     SegmentFallback,
     SharedPrefix,
     Stop,
@@ -35,7 +37,7 @@ LEAST_DEPTH = 4
 """Segments of a full path where the engine's KV block is longer than a whole response, and so says nothing of S."""
 SHAPE = ('segment_length', 'max_depth', 'divergence', 'root_divergence')
 """The keys that say what a tree looks like. Where none of them is given, all are chosen to fit the run."""
-INSIDE_TURNS = ('random_token', 'random_block', 'min_logprob_token', 'logprob_block')
+INSIDE_TURNS = ('random_token', 'random_block', 'min_logprob_token', 'max_entropy_token', 'logprob_block')
 """Fallbacks that cut inside turns."""
 
 
@@ -93,6 +95,8 @@ class TreeConfig(Section):
     a turn, and the last is `--max_turns` of `swift rollout`."""
     branching: Branching = EvenBranching(policy='even')
     """How a boundary's branches are spread over its live paths. Every one gets at least one."""
+    fork_position: ForkPosition = BoundaryPosition(policy='boundary')
+    """Where the forks of a boundary start: at the end of the segment that has just ended, or inside it."""
     budget: Budget = WidthBudget(policy='by_width')
     """What bounds the forks besides W."""
     fallback: Fallback = SegmentFallback(policy='random_segment')
@@ -127,6 +131,11 @@ class TreeConfig(Section):
             raise ValueError(
                 f"fork_at='turn' with fallback.policy={self.fallback.policy!r}: it cuts inside turns. Use "
                 'random_segment (with fork_at: turn, where a turn begins), root or none.'
+            )
+        if self.fork_at == 'turn' and self.fork_position.policy != 'boundary':
+            raise ValueError(
+                f"fork_at='turn' with fork_position.policy={self.fork_position.policy!r}: paths fork only where a turn "
+                'begins, so no fork is inside a segment. Use boundary, or fork_at: both.'
             )
         return self
 
@@ -214,6 +223,13 @@ class TreeConfig(Section):
     def max_response_tokens(self) -> int:
         """D x S: most tokens that a path can have."""
         return self.max_depth * self.segment_length
+
+    @property
+    def entropy_logprobs(self) -> dict[str, int]:
+        """From how many log-probs per token entropies are estimated, by the keys that say so; empty where none are."""
+        sections = {'branching': self.branching, 'fork_position': self.fork_position, 'fallback': self.fallback}
+        asked = {f'{name}.top_k': getattr(section, 'top_k', 0) for name, section in sections.items()}
+        return {key: count for key, count in asked.items() if count}
 
     def check_fits(self, limit: int, name: str) -> None:
         """Raise `ConfigError` where the last segment of a path would begin past `limit` tokens; `name` is the option

@@ -51,11 +51,15 @@ def _saving_from(config: TreeConfig, width: int, first: int) -> float:
     d = sum(divergence) / 2 if isinstance(divergence, tuple) else divergence
     paths: float = min(first, paced_width(config, width=width, depth=1, first=first))
     segments = paths
+    # A fork inside a segment is shorter by what it does not share of it: half of it, if all positions are as likely.
+    missing, lost = 0.0, 0.0 if config.fork_position.policy == 'boundary' else 0.5
     for depth in range(2, config.max_depth + 1):
-        paths = max(paths, min(paced_width(config, width=width, depth=depth, first=first), d * paths))
+        more = max(paths, min(paced_width(config, width=width, depth=depth, first=first), d * paths)) - paths
+        missing += more * (missing / paths + lost)
+        paths += more
         segments += paths
     segments += (width - paths) * config.max_depth if config.fallback.policy != 'none' else 0
-    return 1 - segments / (width * config.max_depth)
+    return 1 - segments / (width * config.max_depth - missing)
 
 
 class TokenBudget:
@@ -88,11 +92,12 @@ class TokenBudget:
         """Whether paths of these lengths may have a token more each."""
         return not self.is_per_tree or sum(lengths) + len(lengths) <= self._left
 
-    def covered(self, paths: list[Path], *, keep: int = 0) -> list[Path]:
-        """The first of `paths` that it covers, `keep` of them in any case."""
-        while len(paths) > keep and not self.covers([path.leaf.length for path in paths]):
-            paths = paths[:-1]
-        return paths
+    def covered(self, lengths: Sequence[int], *, keep: int = 0) -> int:
+        """How many of paths of these lengths it covers, the first ones first; `keep` of them in any case."""
+        count = len(lengths)
+        while count > keep and not self.covers(lengths[:count]):
+            count -= 1
+        return count
 
     def segment_limit(self, paths: Sequence[Path]) -> int:
         """Most tokens of the next segment of each of `paths`; below 1 where nothing is left."""

@@ -14,6 +14,7 @@ from .failure import NodeFailure
 from .messages import Limits
 from .policies import fallback
 from .policies.branching import BranchContext, branching_policies
+from .policies.fork_position import fork_positions, position_context
 from .tree import Node, Path, Tree, turns_before
 
 T = TypeVar('T')
@@ -29,6 +30,8 @@ class PolicyError(NodeFailure):
 def check_policies(config: TreeConfig) -> None:
     """Raise ``ValueError`` where `config` names a policy that nobody registered."""
     branching_policies[config.branching.policy]
+    if config.fork_position.policy != 'boundary':
+        fork_positions[config.fork_position.policy]
     if config.fallback.policy not in ('root', 'none'):
         fallback.cut_policies[config.fallback.policy]
 
@@ -87,6 +90,18 @@ class Forks:
             )
         return list(counts)
 
+    def position(self, path: Path) -> int:
+        """How many tokens of a live path its forks at this boundary keep. Raises `PolicyError`."""
+        name = self._config.fork_position.policy
+        context = None if name == 'boundary' else position_context(path, self._config, self._rng)
+        if context is None:
+            return path.leaf.length
+        position = _asked(f'fork position {name!r}', lambda: fork_positions[name](path, context))
+        if not isinstance(position, int) or not context.low <= position <= context.high:
+            problem = f'returned {position!r}, allowed are {context.low} to {context.high} tokens.'
+            raise PolicyError(f'fork position {name!r}', problem)
+        return position
+
     @property
     def may_fall_back(self) -> bool:
         """Whether something can grow where no path lives."""
@@ -111,24 +126,27 @@ class Forks:
         starts: list[Path] = []
         for index in chosen:
             path = self._tree.trajectories[index]
-            position = self._cut_position(path)
-            for _ in range(min(divergence, needed - len(starts))):
-                if self.budget.covers([*(start.leaf.length for start in starts), position]):
-                    starts.append(Path(self._tree.node_at(path, position), fallback_from=index))
+            taken: list[int] = []
+            for _ in range(self._config.fallback.cuts):
+                taken.append(self._cut(path, taken))
+                position = fallback.next_start(path, taken[-1], self._config)
+                for _ in range(min(divergence, needed - len(starts))):
+                    if self.budget.covers([*(start.leaf.length for start in starts), position]):
+                        starts.append(Path(self._tree.node_at(path, position), fallback_from=index))
         return starts
 
     def _from_root(self, count: int) -> list[Path]:
-        return self.budget.covered([Path(self._tree.root, fallback_from=-1) for _ in range(count)])
+        return [Path(self._tree.root, fallback_from=-1) for _ in range(self.budget.covered([0] * count))]
 
-    def _cut_position(self, path: Path) -> int:
-        """How many tokens of a finished path a fallback branch keeps."""
+    def _cut(self, path: Path, taken: Sequence[int]) -> int:
+        """Where the policy cuts a finished path that was `taken` at these places."""
         name = self._config.fallback.policy
-        context = fallback.cut_context(path, self._config, self._rng)
+        context = fallback.cut_context(path, self._config, self._rng, taken)
         position = _asked(f'fallback {name!r}', lambda: fallback.cut_policies[name](path, context))
         if not isinstance(position, int) or not context.low <= position <= context.high:
             problem = f'returned {position!r}, allowed are {context.low} to {context.high} tokens.'
             raise PolicyError(f'fallback {name!r}', problem)
-        return fallback.next_start(path, position, self._config)
+        return position
 
     def _paced_width(self, node: Node, first: int) -> int:
         """Most paths that may exist while what follows `node` grows."""

@@ -294,12 +294,14 @@ class TreeSearch:
             branches = self.forks.branches(forking, live=len(live), ended=self._ended, allowance=allowance)
             counts.update(zip((path.id for path in forking), branches, strict=True))
             self._ended = 0
+        kept = {path.id: self.forks.position(path) for path in live if counts[path.id] > 1}
         # Every path once before any twice: a token budget that runs out takes the forks, not the paths.
-        forks = [
-            Path(path.leaf) for extra in range(1, max(counts.values())) for path in live if extra < counts[path.id]
-        ]
+        forks = [path for extra in range(1, max(counts.values())) for path in live if extra < counts[path.id]]
         going_on = [] if self._runs_on else [self._paths[path.id] for path in live]
-        requests = self._launch(self._budget.covered(going_on + forks, keep=len(going_on)))
+        lengths = [path.leaf.length for path in going_on] + [kept[path.id] for path in forks]
+        forks = forks[: self._budget.covered(lengths, keep=len(going_on)) - len(going_on)]
+        starts = [Path(self.tree.node_at(path, kept[path.id])) for path in forks]
+        requests = self._launch(going_on + starts)
         self.tree.stats.forks += max(len(requests) - len(going_on), 0)
         return requests
 

@@ -167,9 +167,8 @@ class RolloutBatch:
             check_budget(self._config, groups)
 
     async def _begin_engine(self) -> None:
-        branching = self._config.branching
-        by_entropy = self._mode == 'tree' and branching.policy == 'entropy'
-        top_logprobs = branching.top_k if by_entropy else 0
+        asked = self._config.entropy_logprobs if self._mode == 'tree' else {}
+        top_logprobs = max(asked.values(), default=0)
         await self._engine.begin_batch(self._request_config, top_logprobs=top_logprobs)
 
     # Groups become planted trees.

@@ -23,12 +23,12 @@ def check_config(
             "pacing='even' with fork_at='turn': forks are spread over the turns, whose number "
             'nobody gave. Start `swift rollout` with --max_turns, or set pacing to {turn: width}.'
         )
-    if config.branching.policy == 'entropy' and config.branching.top_k > info.max_logprobs:
-        raise ConfigError(
-            f'branching.top_k={config.branching.top_k}: this server returns at most {info.max_logprobs} '
-            'log-probs per token. Lower it, or start `swift rollout` with --vllm_engine_kwargs '
-            '\'{"max_logprobs": ...}\'.'
-        )
+    for key, count in config.entropy_logprobs.items():
+        if count > info.max_logprobs:
+            raise ConfigError(
+                f'{key}={count}: this server returns at most {info.max_logprobs} log-probs per token. Lower it, or '
+                'start `swift rollout` with --vllm_engine_kwargs \'{"max_logprobs": ...}\'.'
+            )
     if config.segment_length % info.block_size:
         warn_once(
             'segment_length',

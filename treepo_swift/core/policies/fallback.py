@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,6 +35,8 @@ class CutContext:
     """A cut may keep `low` to `high` response tokens of this path."""
     boundaries: list[int]
     """Those of its segment boundaries that are within, ascending; 0 stands for the root. Never empty."""
+    taken: Collection[int] = ()
+    """Cuts of the path that were chosen just before, where `fallback.cuts` asks for several."""
 
 
 class CutPolicy(Protocol):
@@ -58,6 +60,19 @@ def random_segment(path: Path, context: CutContext) -> int:
     return context.rng.choice(context.boundaries)
 
 
+@register_fallback('min_logprob_segment')
+def min_logprob_segment(path: Path, context: CutContext) -> int:
+    """Before the segment of the lowest mean log-prob, as AT2PO (arXiv 2601.04767) expands turns; of several cuts each
+    is before another one."""
+    logprobs = _logprobs_by_position(path)
+    ends = [*context.boundaries[1:], path.leaf.length]
+    means = []
+    for start, end in zip(context.boundaries, ends, strict=True):
+        known = [value for value in logprobs[start:end] if value is not None]
+        means.append((start in context.taken, math.fsum(known) / max(len(known), 1), start))
+    return min(means)[2]
+
+
 @register_fallback('random_token')
 def random_token(path: Path, context: CutContext) -> int:
     """Anywhere, each token as likely as the others."""
@@ -74,11 +89,26 @@ def random_block(path: Path, context: CutContext) -> int:
 
 @register_fallback('min_logprob_token')
 def min_logprob_token(path: Path, context: CutContext) -> int:
-    """Before the least probable token, which is sampled anew."""
-    logprobs = _logprobs_by_position(path)
-    span = enumerate(logprobs[context.low : context.high + 1], context.low)
-    sampled = [(value, position) for position, value in span if value is not None]
-    return min(sampled, default=(0.0, context.low))[1]
+    """Before the least probable token, which is sampled anew; of several cuts each is before another token."""
+    return _lowest(_logprobs_by_position(path), context)
+
+
+@register_fallback('max_entropy_token')
+def max_entropy_token(path: Path, context: CutContext) -> int:
+    """Before the token at which the model was least certain; of several cuts each is before another token."""
+    values: list[float | None] = []
+    for node in path.leaf.lineage():
+        if node.sampled and node.entropies is None:
+            raise ValueError('it needs an engine that returns top-k log-probs, and this one does not.')
+        values += [-value for value in node.entropies or ()] if node.sampled else [None] * len(node.token_ids)
+    return _lowest(values, context)
+
+
+def _lowest(values: Sequence[float | None], context: CutContext) -> int:
+    """The position of the lowest value that may be cut before; a position that is taken only where no other is left."""
+    span = enumerate(values[context.low : context.high + 1], context.low)
+    sampled = [(position in context.taken, value, position) for position, value in span if value is not None]
+    return min(sampled, default=(False, 0.0, context.low))[2]
 
 
 @register_fallback('logprob_block')
@@ -110,7 +140,7 @@ def candidates(trajectories: Sequence[Path], config: TreeConfig, rng: random.Ran
     return chosen
 
 
-def cut_context(path: Path, config: TreeConfig, rng: random.Random) -> CutContext:
+def cut_context(path: Path, config: TreeConfig, rng: random.Random, taken: Collection[int] = ()) -> CutContext:
     """The range in which `path` may be cut, so that its new branch has a token and a depth left to grow."""
     leaf, nodes = path.leaf, _from_root(path)
     allowed = [
@@ -123,7 +153,7 @@ def cut_context(path: Path, config: TreeConfig, rng: random.Random) -> CutContex
     if config.fallback.window:
         low = max(node.length for node in nodes if node.depth <= max(leaf.depth - config.fallback.window, 0))
         low = min(low, allowed[-1])
-    return CutContext(config, rng, low, high, [length for length in allowed if length >= low])
+    return CutContext(config, rng, low, high, [length for length in allowed if length >= low], taken)
 
 
 def next_start(path: Path, position: int, config: TreeConfig) -> int:

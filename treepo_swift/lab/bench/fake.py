@@ -38,19 +38,20 @@ class FreeEngine:
     answers = 0
 
     def __init__(self, max_model_len: int) -> None:
-        self.info = EngineInfo('none', max_model_len, block_size=16, ranks=8, kv_tokens=1_000_000)
+        self.info = EngineInfo('none', max_model_len, block_size=16, max_logprobs=20, ranks=8, kv_tokens=1_000_000)
         self.segments = 0
         dice = np.random.default_rng(0)
         self._tokens = dice.integers(0, VOCABULARY, POOL)
         self._logprobs = -dice.random(POOL, np.float32)
         self._words = [''.join(letters) + ' ' for letters in product(string.ascii_lowercase, repeat=3)]
         self._next = 0
+        self._with_entropies = False
 
     async def encode(self, request: Any) -> Prompt:
         return Prompt([0] * len(request.messages[-1]['content'].split()), {})
 
     async def begin_batch(self, request_config: Any, *, top_logprobs: int = 0) -> None:
-        pass
+        self._with_entropies = top_logprobs > 0
 
     async def generate(
         self,
@@ -69,7 +70,10 @@ class FreeEngine:
             self._next = (begin + count) % (POOL - count)
             self.segments += 1
             max_tokens -= count
-            yield Segment(self._tokens[begin : begin + count].tolist(), self._logprobs[begin : begin + count].tolist())
+            logprobs = self._logprobs[begin : begin + count].tolist()
+            # Any numbers do for entropies too.
+            entropies = logprobs if self._with_entropies else None
+            yield Segment(self._tokens[begin : begin + count].tolist(), logprobs, entropies=entropies)
 
     def counters(self) -> None:
         return None

@@ -208,13 +208,24 @@ class SimulatedEngine:
         for node in request.prefix.lineage():
             kept = nodes.get(node)
             if kept is None:
-                # The upper part of a segment that fallback has split: it was computed with the lower one.
-                kept = nodes[node] = Kept(len(node.token_ids))
-                self._put_aside(kept)
-            elif kept.tokens > len(node.token_ids):
-                self._shrink(kept, len(node.token_ids))
+                kept = self._split(nodes, node)
             prefix.append(kept)
         return prefix
+
+    def _split(self, nodes: dict[Node, Kept], node: Node) -> Kept:
+        """Take `node` for the upper part of a segment: it was computed with the lower one, and is used and kept as
+        that is."""
+        lower = next(known for known in nodes if _upper_parts(known, nodes, node))
+        below, kept = nodes[lower], Kept(len(node.token_ids))
+        nodes[node] = kept
+        self._shrink(below, len(lower.token_ids))
+        if below in self._unused:
+            self._put_aside(kept)
+        for request in self._running if below.holders else ():
+            if below in request.held:
+                self._hold(request, kept)
+                request.held.insert(request.held.index(below), request.held.pop())
+        return kept
 
     def _cached(self, prefix: list[Kept]) -> int:
         """Tokens from the beginning of the prompt that need not be computed."""
@@ -271,6 +282,14 @@ class SimulatedEngine:
         while self.model.kv_tokens and self._unused and self.kv_tokens + self._unused_tokens > self.model.kv_tokens:
             kept, _ = self._unused.popitem(last=False)
             self._unused_tokens -= kept.tokens
+
+
+def _upper_parts(lower: Node, nodes: dict[Node, Kept], node: Node) -> bool:
+    """Whether `node` stands above `lower` with nothing between the two that the cache knows of."""
+    above = lower.parent
+    while above is not None and above is not node and above not in nodes:
+        above = above.parent
+    return above is node
 
 
 _order = attrgetter('order')
