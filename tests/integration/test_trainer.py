@@ -636,7 +636,11 @@ def test_the_weights_are_proven_unless_told_otherwise(asked, monkeypatch, tmp_pa
 
     config = flat(verify_weight_sync=asked)
     args = SimpleNamespace(
-        tree_scheduler=None, tree_engines=[('http://x', {})], output_dir=str(tmp_path), tree_config=config
+        tree_scheduler=None,
+        tree_engines=[('http://x', {})],
+        output_dir=str(tmp_path),
+        tree_config=config,
+        log_completions=False,
     )
     trainer, _ = build_trainer(
         [],
