@@ -71,7 +71,8 @@ class Client:
     base_urls, num_servers, enable_lora, enable_multi_turn, use_gym_env = ['http://tree'], 1, False, True, False
 
     def __init__(self, scheduler: type[TreeRolloutScheduler] = TreeRolloutScheduler, **options: Any) -> None:
-        self.sessions = [SimpleNamespace(hooks={'response': []})]
+        self.sessions = [SimpleNamespace(hooks={'response': []}, mount=lambda scheme, adapter: None, post=self._post)]
+        self.hosts = ['tree']
         self.model = Model()
         self.deaf = False
         """Whether weights that are sent are lost."""
@@ -87,6 +88,12 @@ class Client:
 
     async def _score(self, token_ids: list[int]) -> list[float]:
         return self.model.logprobs(token_ids)
+
+    def _post(self, url: str, json: dict[str, Any], timeout: float | None = None) -> Any:
+        """What a trainer with trees asks; swift's own calls `infer`, which is the same question."""
+        outputs = type(self).infer(self, json['infer_requests'], json['request_config'])
+        answer = [output.model_dump(mode='json') for output in outputs]
+        return SimpleNamespace(status_code=200, json=lambda: answer, url=url)
 
     def infer(self, infer_requests: list[Any], request_config: Any = None, use_tqdm: bool = True) -> list[Any]:
         requests = [r if isinstance(r, dict) else dataclasses.asdict(r) for r in infer_requests]

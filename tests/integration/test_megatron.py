@@ -18,6 +18,7 @@ torch = pytest.importorskip('torch')
 from tests.integration.megatron_ranks import Ranks
 from tests.integration.test_trainer import advantages, build_trainer
 from treepo_swift.advantage import is_segment_level
+from treepo_swift.wire.note import RequestNote
 
 LAYOUTS = ['plain', 'free']
 """Rows padded to the right, and packed ([1, T]) with batches aligned to the right: Megatron-SWIFT's default."""
@@ -217,7 +218,7 @@ def asks(world: int, folder: str) -> Any:
     batches = m.step(trainer, m.prompts(2))
     losses, _ = m.learn(trainer, batches)
     assert client.requests[0].data_dict['solution'] == '4'
-    assert len(client.sessions[0].hooks['response']) == 1  # which unpacks answers
+    assert len(client.sessions[0].hooks['response']) == 2  # one unpacks answers, one sees that a weight sync goes on
     notes = [r.data_dict['treepo'] for r in client.requests]
     return notes, trainer.tree_config.to_note(), losses, m.files(folder), said
 
@@ -432,7 +433,7 @@ def without_trees(world: int, folder: str) -> Any:
             if not isinstance(infer_requests[0], dict):
                 assert all('treepo' not in (r.data_dict or {}) for r in infer_requests)
                 for request in infer_requests:
-                    request.data_dict = {'treepo': {'mode': 'independent', 'protocol': 3}}
+                    request.data_dict = {'treepo': RequestNote(mode='independent').to_dict()}
             outputs = super().infer(infer_requests, *args, **kwargs)
             for output in outputs:
                 output.rollout_infos = {}

@@ -252,12 +252,12 @@ def answer(body: bytes, *, length: int | None = None, status: str = '200 OK') ->
     'said, message',
     [
         (answer(b'[{"response": ', length=5000), 'can not be reached, or went away'),
-        (answer(b'[{"response": '), 'cut off, or no JSON'),
+        (answer(b'[{"response": '), 'can not be read .*is no whole JSON'),
         (answer(b'null'), 'can not be read .*NoneType instead of a list of outputs'),
         (answer(b'[1, 2, 3, 4]'), 'can not be read .*list of outputs'),
         (answer(b'[{}, {}, {}, {}]'), 'can not be read .*Do trainer and server have the same'),
-        (answer(b'["{\\"trees\\": [{}], \\"batch\\": null}"]'), 'can not be read .*KeyError'),
-        (answer(b'["not json"]'), 'cut off, or no JSON|can not be read'),
+        (answer(b'["{\\"trees\\": [{}], \\"batch\\": null}"]'), 'can not be read .*'),
+        (answer(b'["not json"]'), 'can not be read'),
         (answer(b'[]'), 'gave 0 outputs for 4 requests'),
         (
             answer(b'Internal Server Error', status='500 Internal Server Error'),
