@@ -83,9 +83,11 @@ class LogprobPosition(Section):
 
 
 class EntropyPosition(Section):
-    """Before the token of the segment at which the model was least certain."""
+    """Before the token of the segment at which the model was least certain (`max_entropy_token`); or at the prompt, as
+    long as there are fewer first branches than the first token has choices, and then at boundaries
+    (`first_token_entropy`)."""
 
-    policy: Literal['max_entropy_token']
+    policy: Literal['max_entropy_token', 'first_token_entropy']
     top_k: Positive = 20
     """Log-probs per token from which the entropy is estimated."""
 
@@ -93,7 +95,7 @@ class EntropyPosition(Section):
 class CustomPosition(Section):
     """A policy that you registered (`register_fork_position`)."""
 
-    policy: Name = own_name('policy', 'boundary', 'min_logprob_token', 'max_entropy_token')
+    policy: Name = own_name('policy', 'boundary', 'min_logprob_token', 'max_entropy_token', 'first_token_entropy')
     options: dict[str, Any] = {}
     """What your policy reads as `context.config.fork_position.options`."""
     top_k: NotNegative = 0
