@@ -43,6 +43,16 @@ CONFIGS = [
         budget='by_segment_tokens',
         budget_tokens=256,
     ),
+    # Forks of live paths inside segments.
+    flat(
+        segment_length=32,
+        max_depth=4,
+        root_divergence=1,
+        fork_position='max_entropy_token',
+        fallback='max_entropy_token',
+        fallback_candidates='any',
+        fallback_cuts=2,
+    ),
 ]
 
 

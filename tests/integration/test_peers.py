@@ -33,6 +33,7 @@ BRANCHES = {
     'arpo': (16 - 1, 0),
     'treerpo': (4**3 - 1, 0),
     'at2po': (10 - 1, 12),
+    'deep_grpo': (8 - 1, 2 * 8),
     'depth_wise': (16 - 1, 0),
 }
 TURNS = ('tree_grpo', 'arpo', 'at2po')

@@ -145,9 +145,12 @@ else:
 
 
 class _CuttingFallback(Section):
-    candidates: Literal['answer_or_eos', 'finished', 'best_reason_first', 'any'] = 'answer_or_eos'
+    candidates: Literal['answer_or_eos', 'finished', 'best_reason_first', 'lowest_reward_first', 'any'] = (
+        'answer_or_eos'
+    )
     """Paths that may be cut: those that ended with an answer or EOS; that ended by themselves in any way; all, best
-    stop reason first; or all in random order. Without a candidate the root branches."""
+    stop reason first; all, lowest reward first, where an environment says `total_reward` in time; or all in random
+    order. Without a candidate the root branches."""
     window: NotNegative = 0
     """Cut at most so many segments before a path's end; 0: anywhere."""
     cuts: Positive = 1
