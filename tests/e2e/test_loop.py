@@ -43,6 +43,16 @@ CONFIGS = [
         budget='by_segment_tokens',
         budget_tokens=256,
     ),
+    # Forks of live paths inside segments.
+    flat(
+        segment_length=32,
+        max_depth=4,
+        root_divergence=1,
+        fork_position='max_entropy_token',
+        fallback='max_entropy_token',
+        fallback_candidates='any',
+        fallback_cuts=2,
+    ),
 ]
 
 
@@ -155,7 +165,10 @@ def exact_tokens(port: int, weights: Path, config: TreeConfig) -> None:
         ids = [outputs[i]['response_token_ids'][0] for i in (a, b)]
         tokens = sum(reports[a]['tokens'][:shared])
         assert ids[0][:tokens] == ids[1][:tokens] and reports[b]['tokens'][:shared] == reports[a]['tokens'][:shared]
-    assert 0 < reports[0]['stats']['decoded_tokens'] < reports[0]['stats']['trajectory_tokens']
+    stats = reports[0]['stats']
+    # Forks inside segments share less, of answers of a segment or two perhaps nothing.
+    inside = config.fork_position.policy != 'boundary'
+    assert 0 < stats['decoded_tokens'] and (inside or stats['decoded_tokens'] < stats['trajectory_tokens'])
 
 
 def test_mistakes_of_the_trainer_stop_the_run_and_say_why(serve, train, tmp_path):

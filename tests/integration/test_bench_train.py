@@ -11,6 +11,7 @@ pytest.importorskip('transformers')
 
 from treepo_swift.cli.main import main
 from treepo_swift.config import TreeConfig
+from treepo_swift.lab.bench.fake import rollout
 from treepo_swift.lab.bench.train import TrainBench, grow_rows
 from treepo_swift.lab.lengths import LengthDistribution
 from treepo_swift.trainer.shared_prefix.trie import build_trie
@@ -56,3 +57,19 @@ def test_one_command_one_file(tmp_path, capsys, monkeypatch):
     assert main(['bench', '--train', '--rows', str(rows), *asked]) == 1
     assert main(['bench', '--train', '--size', '2B', *asked]) == 1
     assert 'must be one of quickstart' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('position', ['boundary', 'min_logprob_token', 'max_entropy_token', 'first_token_entropy'])
+def test_the_engine_that_costs_nothing_grows_trees_of_every_fork_position(position):
+    """Policies that read entropies find some."""
+    pytest.importorskip('swift')
+    config = TreeConfig(
+        segment_length=16,
+        max_depth=4,
+        fork_position=position,
+        fallback='max_entropy_token',
+        stop={'answer': 'none', 'repetition': 'none'},
+    )
+    engine, outputs = rollout(config, 2, 8, packed=False)
+    stops = {output.rollout_infos['tree']['stop'] for output in outputs}
+    assert len(outputs) == 16 and engine.segments > 8 and not stops & {'failed', 'absent'}

@@ -33,9 +33,11 @@ BRANCHES = {
     'arpo': (16 - 1, 0),
     'treerpo': (4**3 - 1, 0),
     'at2po': (10 - 1, 12),
+    'deep_grpo': (8 - 1, 2 * 8),
+    'rtmc': (8 - 1, 0),
     'depth_wise': (16 - 1, 0),
 }
-TURNS = ('tree_grpo', 'arpo', 'at2po')
+TURNS = ('tree_grpo', 'arpo', 'at2po', 'rtmc')
 TURN = SEPARATOR + 1
 """A byte of the prompts that take turns."""
 

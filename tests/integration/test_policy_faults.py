@@ -63,7 +63,7 @@ CASES = {
         fork_positions,
         cut_is_outside,
         'fork_position',
-        "fork position 'fault_test' returned 5, allowed are 1 to 4 tokens",
+        "fork position 'fault_test' returned 5, allowed are 0 to 4 tokens",
     ),
     'cut is outside': (cut_policies, cut_is_outside, 'fallback', "fallback 'fault_test' returned"),
 }

@@ -607,10 +607,16 @@ def test_a_config_that_this_server_can_not_follow_is_refused(config, message):
     'keys, asked',
     [
         ({}, 0),
-        ({'branching': 'entropy', 'entropy_top_k': 5}, 5),
+        ({'branching': {'policy': 'entropy', 'top_k': 5}}, 5),
         ({'fork_position': {'policy': 'max_entropy_token', 'top_k': 7}}, 7),
         ({'fallback': {'policy': 'max_entropy_token', 'top_k': 6}}, 6),
-        ({'fork_position': {'policy': 'max_entropy_token', 'top_k': 7}, 'branching': 'entropy', 'entropy_top_k': 9}, 9),
+        (
+            {
+                'fork_position': {'policy': 'max_entropy_token', 'top_k': 7},
+                'branching': {'policy': 'entropy', 'top_k': 9},
+            },
+            9,
+        ),
     ],
 )
 def test_entropies_are_asked_for_where_a_policy_reads_them(keys, asked, monkeypatch):
@@ -622,7 +628,7 @@ def test_entropies_are_asked_for_where_a_policy_reads_them(keys, asked, monkeypa
         await begin(self, request_config, top_logprobs=top_logprobs)
 
     monkeypatch.setattr(FakeEngine, 'begin_batch', begin_batch)
-    rollout(requests('a', 'a', config=flat(segment_length=16, max_depth=2, **keys)), scheduler(FakeEngine()))
+    rollout(requests('a', 'a', config=TreeConfig(segment_length=16, max_depth=2, **keys)), scheduler(FakeEngine()))
     assert heard == [asked]
 
 

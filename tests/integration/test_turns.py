@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import copy
 import threading
 from typing import Any
@@ -319,6 +320,45 @@ def test_state_forks_with_its_path_and_is_released(fork_state, fork_position):
     assert stats['forks'] > 0
     assert (stats['replayed_turns'] > 0) == (fork_state == 'replay')
     assert target.started > 1 if fork_state == 'replay' else target.started == 1
+
+
+class Game(TreeRolloutScheduler):
+    """Says a reward with its last turn: whether the reply to its question had an even first byte."""
+
+    def check_finished(self, infer_request, response_choice, current_turn):
+        return current_turn == 2
+
+    def on_turn_end(self, infer_request, response_choice, current_turn):
+        won = response_choice.token_ids[0] % 2 == 0
+        return {'rollout_infos': {'total_reward': float(won)} if current_turn == 2 else {}}
+
+    def step(self, infer_request, response_choice, current_turn):
+        infer_request.messages.append({'role': 'user', 'content': 'go on'})
+        return {'infer_request': infer_request}
+
+
+def test_paths_that_failed_are_sampled_more_densely_where_the_reward_is_known_in_time():
+    config = flat(
+        segment_length=8,
+        max_depth=2,
+        answer='none',
+        root_divergence=8,
+        pacing={1: 8},
+        divergence=1,
+        fork_at='turn',
+        fallback_candidates='lowest_reward_first',
+        fallback_cuts=3,
+    )
+    outputs = talk(Game, 17, config=config)
+    reports = [tree_of(output) for output in outputs]
+    rewards = [output.rollout_infos['total_reward'] for output in outputs]
+    assert set(rewards) == {0.0, 1.0}
+    chains = [i for i, report in enumerate(reports) if report['fallback_from'] is None]
+    lost = {i for i in chains if rewards[i] == 0}
+    cut = [report['fallback_from'] for report in reports if report['fallback_from'] is not None]
+    # Nine branches are missing, three for each of three chains: none of a chain that has won.
+    assert len(chains) == 8 and len(lost) >= 3 and len(cut) == 9
+    assert set(cut) <= lost and set(collections.Counter(cut).values()) == {3}
 
 
 def test_copied_and_replayed_state_grow_the_same_tree():

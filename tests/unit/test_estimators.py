@@ -27,7 +27,7 @@ from treepo_swift.core.tree import StopReason
 from treepo_swift.wire.report import TreeReport
 
 TRAJECTORY_LEVEL = ['treepo', 'grpo', 'rloo', 'reinforce_plus_plus', 'tree_grpo']
-SEGMENT_LEVEL = ['progress', 'spo', 'spo_tree', 'treerl', 'at2po', 'depth_wise']
+SEGMENT_LEVEL = ['progress', 'spo', 'spo_tree', 'treerl', 'at2po', 'depth_wise', 'rtmc']
 ESTIMATORS = TRAJECTORY_LEVEL + SEGMENT_LEVEL
 NORMALISATIONS = ['whiten', 'group', 'none']
 
@@ -108,6 +108,8 @@ def test_golden_values_of_trajectories(estimator, expected):
             'at2po',
             [[v / (0.5 + 1e-6) for v in row] for row in ([-0.25, 0, 0.5], [-0.25, 0, -0.5], [-0.25, -0.5], [0.5, 0.5])],
         ),
+        # The tree's 1/2 with the weight of two: (3 / 3 + 1) / 5 at a, (2 / 2 + 1) / 4 at c, (1 + 1) / 3 at b.
+        ('rtmc', [[-1 / 6, 0.1, 0.5], [-1 / 6, 0.1, -0.5], [-1 / 6, -0.4], [0.5, 1 / 3]]),
         # Depth 1: 1/3 and 1. Depth 2: 1/2, 0 and 1, of mean 1/2 and std 1/2. Depth 3: 1 and 0.
         (
             'depth_wise',
@@ -157,6 +159,20 @@ def test_a_trajectory_that_ends_where_another_goes_on_is_one_more_child(estimato
         assert flat(values) == pytest.approx([v / std for v in (1 / 12, 1 / 12, -0.25, 1 / 12, -0.25, -0.25)])
 
 
+def test_rtmc_without_a_prior_is_progress_and_reads_it_from_the_config():
+    for prior, same in ((0.0, True), (2.0, False), (5.0, False)):
+        values = estimate_segments(PATHS, REWARDS, estimator='rtmc', options={'prior': prior})
+        assert (flat(values) == pytest.approx(flat(estimate_segments(PATHS, REWARDS)))) is same
+    assert estimate_segments(PATHS, REWARDS, estimator='rtmc', options={'prior': 5.0})[2] == pytest.approx(
+        [-1 / 6, -(1 + 2.5) / 8]
+    )
+    with pytest.raises(ValueError, match='prior=-1 of the advantage estimator rtmc'):
+        estimate_segments(PATHS, REWARDS, estimator='rtmc', options={'prior': -1})
+    report = TreeReport('u', [1], [4], StopReason.EOS, 1)
+    config = TreeConfig(advantage={'estimator': 'rtmc', 'options': {'prior': 1.0}, 'normalisation': 'none'})
+    assert [a.mean for a in tree_advantages([report, report], [2.0, 1.0], [4, 4], config)] == [0.0, 0.0]
+
+
 def test_spo_of_three_siblings_counts_each_once():
     paths = [['u', 1, 4], ['u', 1, 5], ['u', 2], ['u', 3]]
     values = [0.75, 0.0, 0.3]  # 1 is the mean of .5 and 1
@@ -190,7 +206,7 @@ def test_an_empty_batch(estimator):
 
 
 def test_levels():
-    assert [is_segment_level(name) for name in ESTIMATORS] == [False] * 5 + [True] * 6
+    assert [is_segment_level(name) for name in ESTIMATORS] == [False] * 5 + [True] * 7
     for name in ESTIMATORS:
         check_estimator(name)
     assert estimate_segments(PATHS, REWARDS, estimator='rloo')[0] == pytest.approx([2 / 3] * 3)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import random
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.builders import EOS, grow, make_search, segment_of
 from tests.unit.test_search import configs, laws_search, seeds, widths
+from tests.unit.test_search_turns import reply, turn_configs
 from treepo_swift import register_fork_position
 from treepo_swift.config import ConfigError, TreeConfig
 from treepo_swift.core.budgets import expected_saving
 from treepo_swift.core.messages import NextTurn, Segment
 from treepo_swift.core.policies.fork_position import fork_positions, position_context
-from treepo_swift.core.tree import Node, Path, StopReason, Tree, response_ids
+from treepo_swift.core.tree import Path, StopReason, Tree, response_ids
 
 
 def chosen(name: str, path: Path, seed: int = 0) -> int:
-    context = position_context(path, TreeConfig(fork_position=name), random.Random(seed))
+    context = position_context(path, TreeConfig(fork_position=name), random.Random(seed), 1)
     return path.leaf.length if context is None else fork_positions[name](path, context)
 
 
@@ -36,17 +40,17 @@ def path_of(*segments: list[float], split_at: int | None = None) -> Path:
 @pytest.mark.parametrize('name', ['min_logprob_token', 'max_entropy_token'])
 @pytest.mark.parametrize('split_at', [None, 5, 6, 7])
 def test_positions_are_where_their_names_say_wherever_the_segment_was_split(name, split_at):
-    # The lowest value of all is in the first segment, and the lowest of the second at its first token, which the fork
-    # keeps: where it is the segment's only difference, the boundary before it decided that already.
-    path = path_of([-9.0] * 4, [-8.0, -1.0, -3.0, -2.0], split_at=split_at)
+    # The lowest value of all is in the first segment, which ended before.
+    path = path_of([-9.0] * 4, [-2.0, -1.0, -3.0, -2.0], split_at=split_at)
     assert chosen(name, path) == 6
+    # Before a segment's first token is the boundary before it.
+    assert chosen(name, path_of([-9.0] * 4, [-8.0, -1.0, -3.0, -2.0], split_at=split_at)) == 4
 
 
 @pytest.mark.parametrize('name', ['min_logprob_token', 'max_entropy_token'])
-def test_ties_are_drawn_and_a_segment_of_one_token_forks_at_its_end(name):
+def test_ties_are_drawn(name):
     path = path_of([-1.0] * 4, [-2.0] * 4)
-    assert {chosen(name, path, seed) for seed in range(50)} == {5, 6, 7}
-    assert chosen(name, path_of([-1.0] * 4, [-2.0])) == 5
+    assert {chosen(name, path, seed) for seed in range(50)} == {4, 5, 6, 7}
 
 
 def test_entropies_need_an_engine_that_tells():
@@ -120,7 +124,8 @@ def test_turn_level_forks_have_no_segment_to_start_in():
 @given(configs, widths, seeds)
 @settings(max_examples=50, deadline=None)
 def test_width_forks_and_requests_of_a_tree_are_those_of_forks_at_the_boundary(config, width, seed):
-    """Where nothing is sampled or drawn that depends on where forks start, only their prefixes differ."""
+    """Where nothing is sampled or drawn that depends on where forks start, only their prefixes differ. At a segment's
+    very beginning a fork has a segment more to grow, and lives longer."""
     divergence = config.divergence if isinstance(config.divergence, int) else 2
     config = config.replace(
         budget='by_width', fallback='root', branching='even', divergence=divergence, stop={'answer': 'none'}
@@ -129,30 +134,66 @@ def test_width_forks_and_requests_of_a_tree_are_those_of_forks_at_the_boundary(c
     def speaks(request):
         return segment_of([1 + (request.seed + i) % 90 for i in range(request.max_tokens)])
 
+    def inside(path, context):
+        return max(context.low + 1, context.high - 2)
+
     counts = []
-    for position in ('boundary', *fork_positions):
-        search = laws_search(config.replace(fork_position=position), width, seed)
-        stats = grow(search, answer=speaks, order=random.Random(seed)).tree.stats
+    for position in ('boundary', 'test_inside'):
+        with mock.patch.dict(fork_positions._entries, {'test_inside': inside}):
+            search = laws_search(config.replace(fork_position=position), width, seed)
+            stats = grow(search, answer=speaks, order=random.Random(seed)).tree.stats
         counts.append((stats.forks, stats.engine_requests, stats.fallbacks, stats.decoded_tokens))
-    assert counts[0] == counts[1] == counts[2]
+    assert set(counts) == {counts[0]}
 
 
-@given(configs, widths, seeds)
+@given(turn_configs, widths, seeds, st.booleans())
 @settings(max_examples=50, deadline=None)
-def test_every_fork_starts_in_the_segment_that_has_just_ended(config, width, seed):
+def test_every_fork_starts_in_the_segment_that_has_just_ended(config, width, seed, with_turns):
     search = laws_search(config, width, seed)
-    started: dict[int, tuple[int, Node]] = {}
+    begins: dict[tuple[int, int], int] = {}
+    ask = search.forks.position
+
+    def position(path, forks):
+        kept = ask(path, forks)
+        if path.leaf.begins_turn:
+            assert kept == path.leaf.length
+        else:
+            assert begins[path.id, path.leaf.length] <= kept <= path.leaf.length
+        return kept
 
     def watch(request, segment):
-        started.setdefault(request.path_id, (search._round_of[request.path_id], request.prefix))
+        begins[request.path_id, request.prefix.length + len(segment.token_ids)] = request.prefix.length
 
-    grow(search, watch=watch, order=random.Random(seed))
-    if search.tree.stats.fallbacks:
-        return  # Their rounds have no depth.
-    for number, prefix in started.values():
-        assert prefix.depth == number
-        if config.fork_position.policy == 'boundary' and prefix.parent is not None:
-            assert prefix.parent.depth < prefix.depth
+    search.forks.position = position
+    environment = reply if with_turns else lambda path: None
+    grow(search, watch=watch, order=random.Random(seed), environment=environment)
+
+
+def test_first_branches_are_as_many_as_the_first_token_has_choices():
+    """Depth first, where it has none."""
+
+    def first_branches(choices, width=8):
+        config = TreeConfig(
+            segment_length=4,
+            max_depth=6,
+            root_divergence=2,
+            fork_position={'policy': 'first_token_entropy'},
+            stop={'answer': 'none', 'repetition': 'none'},
+        )
+        search = make_search(config, width)
+
+        def answer(request):
+            entropies = [math.log(choices if request.prefix.parent is None else 9.0), 9.0, 9.0, 9.0]
+            return Segment([7] * 4, [-1.0] * 4, None, entropies)
+
+        tree = grow(search, answer=answer).tree
+        assert tree.stats.forks == width - 1 and tree.stats.fallbacks == 0
+        return len({path.leaf.lineage()[0].id for path in tree.trajectories})
+
+    assert first_branches(choices=1.0) == 2
+    assert first_branches(choices=3.2) == 3
+    # Each first branch has one fork at the boundary that ends its first segment: two, four, six.
+    assert first_branches(choices=6.0) == first_branches(choices=100.0) == 6
 
 
 def test_a_position_of_ones_own_takes_three_lines_and_reads_options_and_entropies():
@@ -171,12 +212,12 @@ def test_a_position_of_ones_own_takes_three_lines_and_reads_options_and_entropie
     try:
         assert not any(path.is_placeholder for path in tree(0))
         (error,) = {path.error for path in tree(9)}
-        assert error.startswith("fork position 'test_surprise' returned 1") and 'allowed are 1 to 4 tokens' in error
+        assert error.startswith("fork position 'test_surprise' returned 1") and 'allowed are 0 to 4 tokens' in error
         with pytest.raises(ValueError, match="fork position 'boundary' asks no policy"):
             register_fork_position('boundary')
     finally:
         del fork_positions._entries['test_surprise']
-    with pytest.raises(ValueError, match="Unknown fork position 'odd': allowed are max_entropy_token, min_logprob"):
+    with pytest.raises(ValueError, match="Unknown fork position 'odd': allowed are first_token_entropy, max_entropy"):
         make_search(TreeConfig(fork_position='odd'), 2)
 
 

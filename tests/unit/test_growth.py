@@ -44,6 +44,10 @@ def test_a_run_without_a_config():
             {'TREEPO_FORK_AT': 'segment', 'TREEPO_DIVERGENCE': '[2, 3]'},
             'boundary within a turn a path goes on as d=2 to 3',
         ),
+        (
+            {'TREEPO_FORK_POSITION': 'min_logprob_token'},
+            "in all. Forks start where fork_position='min_logprob_token' says.",
+        ),
         ({'TREEPO_FORK_AT': 'turn'}, 'Where a turn begins a path goes on as'),
         (
             {'TREEPO_FORK_AT': 'segment', 'TREEPO_MAX_DEPTH': '1'},

@@ -199,7 +199,7 @@ def test_the_expected_saving_is_what_full_length_paths_save(config):
 
 @given(
     st.lists(st.sampled_from(list(StopReason)), max_size=8),
-    st.sampled_from(['answer_or_eos', 'finished', 'best_reason_first', 'any']),
+    st.sampled_from(['answer_or_eos', 'finished', 'best_reason_first', 'lowest_reward_first', 'any']),
     st.integers(0, 50),
 )
 def test_candidates_are_those_that_the_config_names(reasons, which, seed):
@@ -211,6 +211,18 @@ def test_candidates_are_those_that_the_config_names(reasons, which, seed):
     if which == 'best_reason_first':
         ranks = [list(StopReason).index(reasons[i]) for i in chosen]
         assert ranks == sorted(ranks)
+
+
+def test_the_lowest_reward_is_cut_first_and_an_unknown_one_last():
+    tree = grown([StopReason.EOS] * 5)
+    for path, reward in zip(tree.trajectories, [1.0, None, 0.0, 0.5, 0.0]):
+        path.reward = reward
+    orders = [
+        candidates(tree.trajectories, flat(fallback_candidates='lowest_reward_first'), random.Random(seed))
+        for seed in range(20)
+    ]
+    assert {tuple(order[2:]) for order in orders} == {(3, 0, 1)}
+    assert {tuple(order[:2]) for order in orders} == {(2, 4), (4, 2)}
 
 
 def cuts(name: str, path: Path, count: int = 1, **config) -> Counter:

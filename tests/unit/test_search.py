@@ -20,6 +20,7 @@ from treepo_swift.core.policies.fork_position import fork_positions
 from treepo_swift.core.search import Segment, TreeSearch
 from treepo_swift.core.tree import Node, StopReason, Tree, response_ids, response_logprobs
 
+CANDIDATES = ['answer_or_eos', 'finished', 'best_reason_first', 'lowest_reward_first', 'any']
 small = st.integers(1, 12)
 pairs = st.tuples(st.integers(1, 3), st.integers(3, 9))
 
@@ -52,7 +53,7 @@ def configs(draw) -> TreeConfig:
         budget=budget,
         budget_tokens=0 if budget == 'by_width' else segment_length * draw(small) + draw(st.integers(0, 3)),
         fallback=draw(st.sampled_from([*cut_policies, 'root', 'none'])),
-        fallback_candidates=draw(st.sampled_from(['answer_or_eos', 'finished', 'best_reason_first', 'any'])),
+        fallback_candidates=draw(st.sampled_from(CANDIDATES)),
         fallback_window=draw(st.integers(0, 3)),
         fallback_cuts=draw(st.integers(1, 3)),
         fallback_block=draw(small),

@@ -263,6 +263,26 @@ class OneStepAtATime(SimulatedEngine):
 
 
 @given(configs, batches, schedules, engines)
+@settings(max_examples=50, deadline=None)
+def test_a_running_request_holds_all_of_its_tokens_and_each_is_in_the_cache_once(config, batch, schedule, engine):
+    """Also of a segment that was split while paths through it run."""
+
+    class Checked(SimulatedEngine):
+        def schedule(self):
+            super().schedule()
+            kept = {k for request in self._running for k in request.held}
+            assert self._held == sum(k.tokens for k in kept)
+            for request in self._running:
+                assert sum(k.tokens for k in request.held) + request.unreported == request.context
+                path = request.prefix.lineage()
+                nodes = [request.tree.kept[node].tokens for node in path if node in request.tree.kept]
+                assert len(nodes) < len(path) or nodes == [len(node.token_ids) for node in path]
+
+    with mock.patch('treepo_swift.lab.simulation.server.SimulatedEngine', Checked):
+        simulate(model(**COSTLY, **engine), setup(schedule, **config, **batch))
+
+
+@given(configs, batches, schedules, engines)
 @settings(deadline=None)
 def test_jumping_over_steps_changes_nothing(config, batch, schedule, engine):
     costly, what = model(**engine, **COSTLY), setup(schedule, **config, **batch)

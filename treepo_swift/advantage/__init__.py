@@ -22,6 +22,7 @@ from .registry import (
 )
 from .reinforce_plus_plus import reinforce_plus_plus
 from .rloo import rloo
+from .rtmc import rtmc
 from .spo import spo
 from .spo_tree import spo_tree
 from .subgroups import Subgroups
@@ -47,6 +48,7 @@ __all__ = [
     'registered_estimators',
     'reinforce_plus_plus',
     'rloo',
+    'rtmc',
     'spo',
     'spo_tree',
     'tree_grpo',

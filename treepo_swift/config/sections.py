@@ -83,9 +83,11 @@ class LogprobPosition(Section):
 
 
 class EntropyPosition(Section):
-    """Before the token of the segment at which the model was least certain."""
+    """Before the token of the segment at which the model was least certain (`max_entropy_token`); or at the prompt, as
+    long as there are fewer first branches than the first token has choices, and then at boundaries
+    (`first_token_entropy`)."""
 
-    policy: Literal['max_entropy_token']
+    policy: Literal['max_entropy_token', 'first_token_entropy']
     top_k: Positive = 20
     """Log-probs per token from which the entropy is estimated."""
 
@@ -93,7 +95,7 @@ class EntropyPosition(Section):
 class CustomPosition(Section):
     """A policy that you registered (`register_fork_position`)."""
 
-    policy: Name = own_name('policy', 'boundary', 'min_logprob_token', 'max_entropy_token')
+    policy: Name = own_name('policy', 'boundary', 'min_logprob_token', 'max_entropy_token', 'first_token_entropy')
     options: dict[str, Any] = {}
     """What your policy reads as `context.config.fork_position.options`."""
     top_k: NotNegative = 0
@@ -143,9 +145,12 @@ else:
 
 
 class _CuttingFallback(Section):
-    candidates: Literal['answer_or_eos', 'finished', 'best_reason_first', 'any'] = 'answer_or_eos'
+    candidates: Literal['answer_or_eos', 'finished', 'best_reason_first', 'lowest_reward_first', 'any'] = (
+        'answer_or_eos'
+    )
     """Paths that may be cut: those that ended with an answer or EOS; that ended by themselves in any way; all, best
-    stop reason first; or all in random order. Without a candidate the root branches."""
+    stop reason first; all, lowest reward first, where an environment says `total_reward` in time; or all in random
+    order. Without a candidate the root branches."""
     window: NotNegative = 0
     """Cut at most so many segments before a path's end; 0: anywhere."""
     cuts: Positive = 1
@@ -362,11 +367,11 @@ class TreepoAdvantage(_Advantage):
 
 class OtherAdvantage(_Advantage):
     """Another estimator of the package (`grpo`, `rloo`, `reinforce_plus_plus`, `tree_grpo`, `progress`, `spo`,
-    `spo_tree`, `treerl`, `at2po`, `depth_wise`), or one that you registered (`register_advantage`)."""
+    `spo_tree`, `treerl`, `at2po`, `rtmc`, `depth_wise`), or one that you registered (`register_advantage`)."""
 
     estimator: Name = own_name('estimator', 'treepo')
     options: dict[str, Any] = {}
-    """Keyword arguments of an estimator that you registered."""
+    """Keyword arguments of an estimator that you registered, or of `rtmc` (`prior`)."""
 
 
 if TYPE_CHECKING:

@@ -51,7 +51,9 @@ class Forks:
         self._rng = rng
         self._context = BranchContext(config, rng, progress)
         self._first = 0
-        """Branches that the root gave."""
+        """Branches that the root gave at first."""
+        self._at_root = 0
+        """Branches that begin there by now, but for those of fallback."""
 
     def from_the_prompt(self, allowance: int | None) -> list[Path]:
         """The paths that a tree starts with; for `allowance` see `TreeSearch.resume`."""
@@ -59,6 +61,7 @@ class Forks:
         first = min(self._draw(self._config.root_divergence), self._width)
         first = min(first, self._paced_width(root, first))
         self._first = min(first, self.budget.affordable([Path(root)], allowance))
+        self._at_root = self._first
         return [Path(root) for _ in range(self._first)]
 
     def branches(self, forking: Sequence[Path], *, live: int, ended: int, allowance: int | None) -> list[int]:
@@ -90,16 +93,19 @@ class Forks:
             )
         return list(counts)
 
-    def position(self, path: Path) -> int:
-        """How many tokens of a live path its forks at this boundary keep. Raises `PolicyError`."""
+    def position(self, path: Path, forks: int) -> int:
+        """How many tokens of a live path its `forks` at this boundary keep. Raises `PolicyError`."""
         name = self._config.fork_position.policy
-        context = None if name == 'boundary' else position_context(path, self._config, self._rng)
+        if name == 'boundary':
+            return path.leaf.length
+        context = position_context(path, self._config, self._rng, self._at_root)
         if context is None:
             return path.leaf.length
         position = _asked(f'fork position {name!r}', lambda: fork_positions[name](path, context))
         if not isinstance(position, int) or not context.low <= position <= context.high:
             problem = f'returned {position!r}, allowed are {context.low} to {context.high} tokens.'
             raise PolicyError(f'fork position {name!r}', problem)
+        self._at_root += forks if position == 0 else 0
         return position
 
     @property

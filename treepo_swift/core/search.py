@@ -294,7 +294,7 @@ class TreeSearch:
             branches = self.forks.branches(forking, live=len(live), ended=self._ended, allowance=allowance)
             counts.update(zip((path.id for path in forking), branches, strict=True))
             self._ended = 0
-        kept = {path.id: self.forks.position(path) for path in live if counts[path.id] > 1}
+        kept = {path.id: self.forks.position(path, counts[path.id] - 1) for path in live if counts[path.id] > 1}
         # Every path once before any twice: a token budget that runs out takes the forks, not the paths.
         forks = [path for extra in range(1, max(counts.values())) for path in live if extra < counts[path.id]]
         going_on = [] if self._runs_on else [self._paths[path.id] for path in live]

@@ -143,6 +143,8 @@ class Path:
     """Index of the trajectory whose prefix a fallback branched from (-1: from the root), None without fallback."""
     error: str | None = None
     """What failed, where `stop` is FAILED."""
+    reward: float | None = None
+    """What its environment gave it, where that is known while the tree grows; None: nobody has said, which is not 0."""
     id: int = 0
     """1, 2, ... in the order in which paths started, the same for every order of the engine's answers; 0 before."""
 

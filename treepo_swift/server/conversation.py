@@ -22,7 +22,7 @@ from treepo_swift.core.tree import Path, StopReason, response_ids
 from .engine import Prompt, SegmentEngine
 from .environment import EnvironmentStates
 from .hooks import HookError
-from .replies import NodeData, Reply, Turn, data_of
+from .replies import NodeData, Reply, Turn, data_of, told_reward
 from .turn_hooks import TurnHooks, copy_for
 
 
@@ -77,6 +77,8 @@ class Conversation:
                 # Messages can be wrong in more ways than are checked for, and must not end the batch.
                 problem = f'what its hooks left can not be used: {type(e).__name__}: {e}'
                 raise HookError(type(self._hooks.user).__name__, where, problem) from e
+            if isinstance(following, StopReason):
+                path.reward = told_reward(data_of(path.leaf).ended)
             yield following
 
     async def _following(

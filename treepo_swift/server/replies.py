@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -159,6 +160,12 @@ def data_of(node: Node) -> NodeData:
     if node.data is None:
         node.data = NodeData()
     return node.data
+
+
+def told_reward(ended: Turn | None) -> float | None:
+    """The reward that a gym environment, or a hook that says so too, gave a trajectory with its last turn."""
+    value = None if ended is None else ended.infos.get('total_reward')
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 # What is trained on.

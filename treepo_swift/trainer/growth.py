@@ -36,10 +36,12 @@ def _shape(config: TreeConfig, width: int) -> str:
     if config.max_depth == 1 and config.fork_at == 'segment':
         return f'{begin} Paths have one segment of at most S={config.segment_length} tokens, so nothing forks later.'
     pacing = {'eager': '', 'even': ', spread over all depths'}.get(str(config.pacing), f', paced by {config.pacing}')
+    position = config.fork_position.policy
+    inside = '' if position == 'boundary' else f' Forks start where fork_position={position!r} says.'
     return (
         f'{begin} {where} a path goes on as d={d} paths, until there are {width}{pacing}. A path has at most '
         f'D={config.max_depth} segments of S={config.segment_length} tokens in a turn, {config.max_response_tokens} '
-        'in all.'
+        f'in all.{inside}'
     )
 
 

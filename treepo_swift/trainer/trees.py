@@ -146,7 +146,9 @@ class TreesMixin(_Trainer):
                 (directory / CONFIG_FILE).write_text(config.to_yaml())
             except OSError as e:
                 # A full disk ends a run where swift saves a checkpoint, on all ranks; not here, on one of them.
-                logger.warning(f'treepo: {directory / CONFIG_FILE} could not be written ({e}); the run goes on without it.')
+                logger.warning(
+                    f'treepo: {directory / CONFIG_FILE} could not be written ({e}); the run goes on without it.'
+                )
         # swift's loggers speak on the first rank of a machine, which need not be the main one.
         logger.info(f'treepo: the whole tree config is in {directory / CONFIG_FILE}.')
         logger.info(

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from treepo_swift.advantage import estimate_segments
 from treepo_swift.wire.record import TreeRecord
 
-ESTIMATORS = ('treepo', 'grpo', 'rloo', 'reinforce_plus_plus', 'progress', 'spo', 'treerl')
+ESTIMATORS = (
+    *('treepo', 'grpo', 'rloo', 'reinforce_plus_plus', 'progress', 'spo', 'treerl'),
+    *('tree_grpo', 'depth_wise', 'spo_tree', 'at2po', 'rtmc'),
+)
 """The package's own. Those that a user registered may want options, or a whole batch; what they said is `TRAINED`."""
 TRAINED = 'as trained'
 """The name of what the run itself used: after normalisation over its batch."""

@@ -137,6 +137,9 @@ def candidates(trajectories: Sequence[Path], config: TreeConfig, rng: random.Ran
     if config.fallback.candidates == 'best_reason_first':
         order: list[StopReason | None] = [*StopReason]
         chosen.sort(key=lambda i: order.index(trajectories[i].stop))
+    elif config.fallback.candidates == 'lowest_reward_first':
+        rewards = [math.inf if path.reward is None else path.reward for path in trajectories]
+        chosen.sort(key=lambda i: rewards[i])
     return chosen
 
 
