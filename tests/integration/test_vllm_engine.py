@@ -254,13 +254,23 @@ def test_a_request_that_breaks_off_is_an_error():
         sample(engine(gone_after=40), 96, 32)
 
 
-@pytest.mark.parametrize('stream_interval, chunks', [('request', 4), ('engine', 4), ('none', 1)])
+@pytest.mark.parametrize('stream_interval, chunks', [('request', 3), ('engine', 3), ('none', 1)])
 def test_a_long_response_that_comes_whole_shows_signs_of_life(stream_interval, chunks):
     """An engine that says nothing for long counts as hung, so that one that works has to say something."""
     target = engine(has=features(stream_interval=stream_interval))
     (segment,) = sample(target, 600, 600)
     assert len(segment.token_ids) == 600 and segment.stop is None
     assert target.answers == target._vllm.chunks == chunks
+
+
+@pytest.mark.parametrize('length, interval', [(600, 300), (1024, 512), (1021, 1021), (512, 512), (32, 32)])
+def test_long_segments_come_in_even_parts_and_are_the_same(length, interval):
+    """A prime length has no even parts, and a short one needs none."""
+    target = engine(has=features(stream_interval='request'))
+    segments = sample(target, 2 * length, length)
+    assert [s.token_ids for s in segments] == [[*range(100, 100 + length)], [*range(100 + length, 100 + 2 * length)]]
+    assert [s.ahead for s in segments] == [1, 0]
+    assert target._vllm.asked[0][1].stream_interval == interval
 
 
 def test_a_dead_engine_is_gone_for_requests_and_for_scores():

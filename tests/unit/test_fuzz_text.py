@@ -67,11 +67,12 @@ def steps(work: Callable[[], Any]) -> int:
         count += event == 'line'
         return trace
 
+    before = sys.gettrace()  # coverage's, perhaps
     sys.settrace(trace)
     try:
         work()
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
     return count
 
 

@@ -100,6 +100,7 @@ class HookRunner:
 
     async def _on_the_loop(self, coroutine: Coroutine[Any, Any, Any], name: str, timeout: float) -> Any:
         task = asyncio.ensure_future(_without_exit(coroutine))
+        task.add_done_callback(_look_away)
         try:
             await asyncio.wait({task}, timeout=timeout)
             if task.done():
@@ -107,7 +108,6 @@ class HookRunner:
             raise _DeadlinePassed
         finally:
             if not task.done():
-                task.add_done_callback(_look_away)
                 task.cancel()
                 try:
                     await asyncio.wait({task}, timeout=min(timeout, GRACE_SECONDS))
@@ -118,7 +118,7 @@ class HookRunner:
 
 
 def _look_away(task: asyncio.Task[Any]) -> None:
-    """Nobody asks what came of a hook that was late; asyncio would log that as an error that was lost."""
+    """Nobody may ask what came of a hook, late or with its batch cancelled: asyncio would log its error as lost."""
     if not task.cancelled():
         task.exception()
 

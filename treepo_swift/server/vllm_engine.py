@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest
 
 ENCODE_THREADS = 4
-SIGN_OF_LIFE_TOKENS = 256
-"""A response that comes whole says nothing while it is sampled. The engine is asked for a word after so many tokens, so
-that one that works on long answers is not taken for one that hangs."""
+SIGN_OF_LIFE_TOKENS = 512
+"""A long segment, or a response that comes whole, says nothing while it is sampled. The engine is asked for a word
+after so many tokens, so that a slow one is not taken for one that hangs."""
 DEAD = ('EngineDeadError',)
 """What vLLM raises when there is nobody to ask again, by name: modules and base classes differ between versions."""
 
@@ -63,6 +63,12 @@ class SegmentBuffer:
         return Segment(
             tokens[:size], logprobs[:size], stop, entropies and entropies[:size], cached_tokens, len(self._tokens)
         )
+
+
+def chunk_tokens(segment_tokens: int) -> int:
+    """Tokens of the chunks in which a segment is handed out: all of it, or where it is long an even part."""
+    parts = [n for n in range(SIGN_OF_LIFE_TOKENS // 8, SIGN_OF_LIFE_TOKENS + 1) if segment_tokens % n == 0]
+    return max(parts) if parts and segment_tokens > SIGN_OF_LIFE_TOKENS else segment_tokens
 
 
 def entropy(logprobs: Sequence[float]) -> float:
@@ -173,7 +179,7 @@ class VllmSegmentEngine:
             # vLLM hands out the first token and then one chunk a segment: each tells that the one before is complete,
             # and that its last KV block is in the cache for forks.
             sampling.output_kind = RequestOutputKind.DELTA
-            self._stream_by(segment_tokens, sampling)
+            self._stream_by(chunk_tokens(segment_tokens), sampling)
         elif max_tokens > SIGN_OF_LIFE_TOKENS and self._features.stream_interval != 'none':
             sampling.output_kind = RequestOutputKind.DELTA
             self._stream_by(SIGN_OF_LIFE_TOKENS, sampling)
