@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
+from treepo_swift.core.inert import one_line
 from treepo_swift.wire.record import NodeRecord, TrajectoryRecord, TreeRecord
 
 PREVIEW = 60
 """Characters of a node's text."""
-# Model text must not move the cursor, colour the screen or set its title.
-CONTROL = re.compile('[\0-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]')
 GLYPHS = {'answer': ('✓', 'green'), 'failed': ('✕', 'red'), 'absent': ('✕', 'red'), 'repetition': ('↻', 'yellow')}
 
 
@@ -34,7 +32,7 @@ def rendered(record: TreeRecord) -> Any:
         (f'step {record.step} ', 'bold'),
         (f'{record.tree}  ', 'dim'),
         f'{len(record.trajectories)} answers, mean reward {_number(record.value)}, {decoded} tokens decoded\n',
-        (inert(record.prompt[-200:]), 'italic'),
+        (one_line(record.prompt[-200:]), 'italic'),
     )
     top = Tree(title)
     branches: dict[int, Any] = {0: top}
@@ -51,16 +49,10 @@ def rendered(record: TreeRecord) -> Any:
     return top
 
 
-def inert(text: str) -> str:
-    """In one line, with everything visible that would act on a terminal or on the direction of text."""
-    line = text.replace('\n', '↵').replace('\t', '⇥')
-    return CONTROL.sub(lambda match: f'<U+{ord(match[0]):04X}>', line)
-
-
 def _line(node: NodeRecord, begins: dict[int, int | None]) -> Any:
     from rich.text import Text
 
-    text = inert(node.text if len(node.text) <= PREVIEW else f'{node.text[:PREVIEW]}…')
+    text = one_line(node.text if len(node.text) <= PREVIEW else f'{node.text[:PREVIEW]}…')
     line = Text(f'[{node.id}] {len(node.tokens)} tokens ')
     if node.kind == 'environment':
         line.append(text, 'dim italic')
@@ -85,7 +77,7 @@ def _end(number: int, trajectory: TrajectoryRecord) -> Any:
     if trajectory.reward is not None:
         line.append(f'  reward {_number(trajectory.reward)}  advantage {trajectory.advantage:+.2f}')
     elif trajectory.error:
-        line.append(f'  {inert(trajectory.error)}', 'red')
+        line.append(f'  {one_line(trajectory.error)}', 'red')
     return line
 
 
