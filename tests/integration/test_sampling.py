@@ -137,6 +137,7 @@ def test_without_a_solution_nothing_is_judged(engine, tmp_path, capsys):
         ('{"prompt": 3}', "line 1: 'prompt' must be a text"),
         ('{"messages": [{"role": "user"}]}', 'line 1: "messages" must be a list of'),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', 'line 1: "messages" asks nothing'),
+        ('{"prompt": "a", "images": ["a.png"]}', "line 1 has 'images': only texts"),
         ('{"prompt": "a", "solution": "1"}\n{"prompt": "b"}', 'line 2 of the prompts has no "solution"'),
     ],
 )
@@ -179,6 +180,22 @@ def test_a_reward_function_of_the_user_judges_with_its_columns(engine, prompts, 
     assert rewards == {0, 0.5}
     assert sample(prompts, tmp_path / 'two.jsonl', *options, 'short') == 1
     assert "Reward function 'short' returned [1.0] for the 4 answers to line 1" in capsys.readouterr().err
+    prompts.write_text(json.dumps({'prompt': 'a?', 'level': 1}))
+    assert sample(prompts, tmp_path / 'three.jsonl', *options, 'wanted') == 1
+    assert "Reward function 'wanted' raised TypeError" in (said := capsys.readouterr().err) and 'keys are level' in said
+
+
+def test_an_engine_that_fails_ends_the_run_with_one_message(engine, prompts, tmp_path, capsys):
+    output = tmp_path / 'out.jsonl'
+    assert sample(prompts, output, '--limit', '2') == 0
+    before = output.read_bytes()
+    engine.fails = lambda call: True
+    assert sample(prompts, output) == 1
+    said = capsys.readouterr().err
+    assert 'CUDA error' in said and 'What was grown before is kept: give the same command again.' in said
+    assert output.read_bytes() == before
+    engine.fails = lambda call: False
+    assert sample(prompts, output) == 0 and len(load(output)) == 5
 
 
 def evaluate(prompts: Path, output: Path, *more: str) -> int:
@@ -269,6 +286,9 @@ def test_prompts_are_known_by_what_they_say(tmp_path):
 
     a, b = {'prompt': 'a', 'solution': '1'}, {'prompt': 'b', 'solution': '1'}
     assert keys(a, b) == keys(b, {**a, 'level': 3})[::-1]
+    # A line separator of Unicode within a text ends no line of the file.
+    path.write_text(json.dumps({'prompt': 'a\u2028b'}, ensure_ascii=False))
+    assert read_prompts(path)[0].messages[0]['content'] == 'a\u2028b'
     first, second = keys(a, a)
     assert first != second and first == keys(a)[0] != keys({**a, 'solution': '2'})[0]
 

@@ -62,19 +62,20 @@ def _evaluate(args: argparse.Namespace) -> int:
     sampler = growing.open_sampler(args.model, args.engine)
     try:
         config, max_tokens = tree_config(args, max(args.width), sampler.block_size)
-        curves = []
+        plans = []
         for setting in settings:
             sampling = setting.sampling(config, max_tokens=max_tokens, temperature=args.temperature, seed=args.seed)
             asked = {'model': args.model, 'reward': args.reward, 'batch': args.batch, **sampling.to_dict()}
             file = TreesFile(args.output / f'{setting.name}.jsonl', asked)
-            growing.grow_missing(
-                sampler, rows, sampling, file, judge, batch=args.batch, name=setting.name, warm_up=True
-            )
-            keys = {row.key for row in rows}
-            trees = [tree for tree in file.trees if tree.prompt in keys]
-            curves.append(evaluation.curve(setting, trees, seed=args.seed or 0))
+            plans.append(growing.Plan(setting.name, sampling, file))
+        growing.grow_missing(sampler, rows, plans, judge, batch=args.batch, warm_up=True)
     finally:
         sampler.close()
+    keys = {row.key for row in rows}
+    curves = []
+    for setting, plan in zip(settings, plans, strict=True):
+        trees = [tree for tree in plan.file.trees if tree.prompt in keys]
+        curves.append(evaluation.curve(setting, trees, seed=args.seed or 0))
     head = {
         'hardware': hardware(),
         'model': args.model,

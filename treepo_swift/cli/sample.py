@@ -91,7 +91,7 @@ def _sample(args: argparse.Namespace) -> int:
         sampling = growing.Sampling(config, args.width, max_tokens, args.temperature, args.seed)
         settings = {'model': args.model, 'reward': args.reward, **sampling.to_dict()}
         file = TreesFile(output, settings)
-        growing.grow_missing(sampler, rows, sampling, file, judge, batch=args.batch, name='prompts')
+        growing.grow_missing(sampler, rows, [growing.Plan('sample', sampling, file)], judge, batch=args.batch)
     finally:
         sampler.close()
     trees = [tree.record for tree in file.trees]

@@ -30,6 +30,10 @@ ESTIMATOR = 'treepo'
 """By which advantages are shown; nothing is trained, so they are not normalised."""
 
 
+class SamplingError(ValueError):
+    """A batch could not be grown."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How one group of answers is sampled."""
@@ -96,13 +100,19 @@ class Sampler:
         """A tree of `sampling.width` answers for each row, in order. Without a judge rewards are 0 and say nothing.
 
         Raises:
-            RolloutError: too many answers failed (`faults.max_failure_fraction`).
+            SamplingError: too many answers failed (`faults.max_failure_fraction`), or the engine is gone.
             ConfigError: the tree does not fit the engine.
         """
+        from treepo_swift.server.engine import EngineGone
+        from treepo_swift.server.failures import RolloutError
+
         if self._reset:
             self._runner.run(self._reset())
         began = time.perf_counter()
-        outputs = self._runner.run(self._rollout(rows, sampling))
+        try:
+            outputs = self._runner.run(self._rollout(rows, sampling))
+        except (EngineGone, RolloutError) as e:
+            raise SamplingError(f'{e} What was grown before is kept: give the same command again.') from e
         share = (time.perf_counter() - began) / len(rows)
         width = sampling.width
         return [
@@ -178,29 +188,44 @@ def open_sampler(model: str, options: Sequence[str]) -> Sampler:
     return Sampler(VllmSegmentEngine(engine), engine.tokenizer, reset=engine.engine.reset_prefix_cache)
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Trees that shall be in a file."""
+
+    name: str
+    sampling: Sampling
+    file: TreesFile
+
+
 def grow_missing(
     sampler: Sampler,
     rows: Sequence[PromptRow],
-    sampling: Sampling,
-    file: TreesFile,
+    plans: Sequence[Plan],
     judge: Judge | None,
     *,
     batch: int,
-    name: str,
     warm_up: bool = False,
 ) -> None:
-    """Grow the trees that `file` does not have yet, `batch` prompts at a time, with a progress bar.
+    """Grow the trees that the plans' files do not have yet, `batch` prompts at a time, with a progress bar.
 
-    With `warm_up` the first prompt is grown once before, for nothing, so that the first batch's time counts as others.
+    The plans take turns, a batch each, so that all of them meet the machine in the same mood. With `warm_up` each grows
+    a tree before its first batch that does not count, so that this batch's time is like the others'.
     """
-    done = file.done
-    missing = [row for row in rows if row.key not in done]
-    if warm_up and missing:
-        sampler.grow(missing[:1], sampling, None)
-    with tqdm(total=len(rows), initial=len(rows) - len(missing), desc=name, unit='prompt', dynamic_ncols=True) as bar:
-        for part in _batches(missing, batch):
-            file.append(sampler.grow(part, sampling, judge))
-            bar.update(len(part))
+    done = {plan.name: plan.file.done for plan in plans}
+    cold = {plan.name for plan in plans if warm_up}
+    there = sum(row.key in done[plan.name] for row in rows for plan in plans)
+    with tqdm(total=len(rows) * len(plans), initial=there, unit='tree', dynamic_ncols=True) as bar:
+        for part in _batches(rows, batch):
+            for plan in plans:
+                missing = [row for row in part if row.key not in done[plan.name]]
+                if not missing:
+                    continue
+                bar.set_description(plan.name)
+                if plan.name in cold:
+                    cold.remove(plan.name)
+                    sampler.grow(missing[:1], plan.sampling, None)
+                plan.file.append(sampler.grow(missing, plan.sampling, judge))
+                bar.update(len(missing))
 
 
 def _batches(rows: Sequence[PromptRow], size: int) -> Iterator[Sequence[PromptRow]]:

@@ -76,9 +76,15 @@ def load_judge(name: str | None, plugins: Sequence[Path], rows: Sequence[PromptR
 def _judge_of(name: str, function: Callable[..., Any]) -> Judge:
     def judge(row: PromptRow, answers: list[str]) -> list[float]:
         columns = {key: [value] * len(answers) for key, value in row.columns.items()}
-        rewards = function(completions=answers, messages=[row.messages] * len(answers), **columns)
-        if inspect.isawaitable(rewards):
-            rewards = asyncio.run(_awaited(rewards))
+        try:
+            rewards = function(completions=answers, messages=[row.messages] * len(answers), **columns)
+            if inspect.isawaitable(rewards):
+                rewards = asyncio.run(_awaited(rewards))
+        except Exception as e:
+            raise ValueError(
+                f'Reward function {name!r} raised {type(e).__name__}: {e} for the answers to line {row.line}, whose '
+                f'keys are {", ".join(row.columns) or "none"}.'
+            ) from e
         fine = isinstance(rewards, (list, tuple)) and len(rewards) == len(answers)
         if not fine or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in rewards):
             raise ValueError(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+NOT_TAKEN = ('images', 'videos', 'audios', 'tools')
+"""What a dataset of swift may have and these commands do not pass on."""
 ALLOWED = 'a JSON object with "messages" (a list of {"role", "content"}), or with "prompt" or "query" (a text)'
 
 
@@ -34,13 +36,17 @@ def read_prompts(path: Path, limit: int | None = None) -> list[PromptRow]:
     """
     rows: list[PromptRow] = []
     seen: Counter[str] = Counter()
-    for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):
         if limit is not None and len(rows) >= limit:
             break
         if not line.strip():
             continue
         values = _object(line, f'{path}, line {number}')
         messages = _messages(values, f'{path}, line {number}')
+        if other := [name for name in NOT_TAKEN if values.get(name)]:
+            raise ValueError(
+                f'{path}, line {number} has {" and ".join(map(repr, other))}: only texts are sampled here.'
+            )
         content = json.dumps([messages, values.get('solution')], sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()[:16]
         columns = {name: value for name, value in values.items() if name not in ('messages', 'prompt', 'query')}
