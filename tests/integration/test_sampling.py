@@ -83,7 +83,9 @@ def test_a_killed_run_goes_on_where_it_stopped(engine, prompts, tmp_path, capsys
     output = tmp_path / 'trees.jsonl'
     assert sample(prompts, output, '--limit', '3') == 0
     whole = output.read_bytes().splitlines(keepends=True)
-    # A process that was killed in the middle of its third tree.
+    # A process that was killed in the middle of its third tree, a while ago.
+    began = load(output)[0].run.encode()
+    whole = [line.replace(began, b'2026-01-01T00:00:00Z') for line in whole]
     output.write_bytes(b''.join(whole[:2]) + whole[2][:100])
     before = engine.requests
     assert sample(prompts, output) == 0
@@ -196,6 +198,19 @@ def test_an_engine_that_fails_ends_the_run_with_one_message(engine, prompts, tmp
     assert output.read_bytes() == before
     engine.fails = lambda call: False
     assert sample(prompts, output) == 0 and len(load(output)) == 5
+
+
+def test_a_single_answer_is_a_tree_too(engine, prompts, tmp_path):
+    assert (
+        main(['sample', 'M', '--prompts', str(prompts), '--output', str(tmp_path / 'one.jsonl'), '--width', '1']) == 0
+    )
+    assert [len(record.trajectories) for record in load(tmp_path / 'one.jsonl')] == [1] * 5
+    output = tmp_path / 'eval'
+    more = ('--output', str(output), '--width', '1', '--divergence', '2', '--pacing', 'eager')
+    assert main(['eval', 'M', '--data', str(prompts), *more]) == 0
+    for curve in json.loads((output / 'results.json').read_text())['settings']:
+        (point,) = curve['points']
+        assert point['k'] == 1 and point['tokens'] == 32 and point['majority'] == point['pass_at_k']
 
 
 def evaluate(prompts: Path, output: Path, *more: str) -> int:
