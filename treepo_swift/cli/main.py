@@ -7,9 +7,18 @@ import sys
 
 from treepo_swift.compat.quiet_exit import quiet_exit
 
-from . import bench, config, doctor, plugin, simulate, view
+from . import bench, config, doctor, eval, plugin, sample, simulate, view
 
-COMMANDS = {'doctor': doctor, 'plugin': plugin, 'config': config, 'view': view, 'bench': bench, 'simulate': simulate}
+COMMANDS = {
+    'doctor': doctor,
+    'plugin': plugin,
+    'config': config,
+    'sample': sample,
+    'eval': eval,
+    'view': view,
+    'bench': bench,
+    'simulate': simulate,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,8 +29,19 @@ def main(argv: list[str] | None = None) -> int:
     for name, module in COMMANDS.items():
         summary = str(module.__doc__).splitlines()[0]
         module.add_arguments(commands.add_parser(name, help=summary, description=summary))
-    args = parser.parse_args(argv)
+    given, engine = _cut(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(given)
+    if engine is not None:
+        args.engine = engine
     return COMMANDS[args.command].run(args)
+
+
+def _cut(argv: list[str]) -> tuple[list[str], list[str] | None]:
+    """The engine's options behind -- apart, for commands that take them: argparse allows none behind a positional."""
+    if not argv or not getattr(COMMANDS.get(argv[0]), 'TAKES_ENGINE_OPTIONS', False):
+        return argv, None
+    end = argv.index('--') if '--' in argv else len(argv)
+    return argv[:end], argv[end + 1 :]
 
 
 if __name__ == '__main__':
