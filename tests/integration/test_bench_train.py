@@ -11,6 +11,7 @@ pytest.importorskip('transformers')
 
 from treepo_swift.cli.main import main
 from treepo_swift.config import TreeConfig
+from treepo_swift.lab.bench import picture
 from treepo_swift.lab.bench.fake import rollout
 from treepo_swift.lab.bench.train import TrainBench, grow_rows
 from treepo_swift.lab.lengths import LengthDistribution
@@ -45,7 +46,9 @@ def test_one_command_one_file(tmp_path, capsys, monkeypatch):
     lengths, out = tmp_path / 'lengths.json', tmp_path / 'out.json'
     lengths.write_text('[5, 20]')
     asked = ['--prompts', '1', '--width', '4', '--repeats', '1', '--json', str(out), '--device', 'cpu']
-    assert main(['bench', '--train', '--lengths', str(lengths), *asked]) == 0
+    drawn = tmp_path / 'out.png'
+    assert main(['bench', '--train', '--lengths', str(lengths), '--picture', str(drawn), *asked]) == 0
+    assert drawn.read_bytes().startswith(b'\x89PNG')
     found = json.loads(out.read_text())
     assert ' shared ' in capsys.readouterr().out and found['modes']['shared']['gap'] < 1e-4
     assert found['trie_tokens'] < found['row_tokens'] <= found['padded_tokens']
@@ -57,6 +60,20 @@ def test_one_command_one_file(tmp_path, capsys, monkeypatch):
     assert main(['bench', '--train', '--rows', str(rows), *asked]) == 1
     assert main(['bench', '--train', '--size', '2B', *asked]) == 1
     assert 'must be one of quickstart' in capsys.readouterr().err
+
+
+def test_a_picture_of_rollouts_and_where_there_is_none(tmp_path, capsys, monkeypatch):
+    modes = {
+        mode: {'seconds': {'median': seconds}, 'decoded_tokens_per_trajectory': tokens}
+        for mode, seconds, tokens in (('independent', 4.0, 300.0), ('stream', 2.5, 190.0))
+    }
+    picture.draw({'hardware': '2 cores', 'modes': modes}, tmp_path / 'rollouts.png')
+    assert (tmp_path / 'rollouts.png').read_bytes().startswith(b'\x89PNG')
+    assert main(['bench', '--fake', '--picture', 'x.png']) == 1
+    assert '--picture draws rollouts' in capsys.readouterr().err
+    monkeypatch.setattr(picture, 'can_draw', lambda: False)
+    assert main(['bench', '--train', '--picture', 'x.png']) == 1
+    assert 'pip install matplotlib' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('position', ['boundary', 'min_logprob_token', 'max_entropy_token', 'first_token_entropy'])

@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument('--checkpointing', action='store_true', help='gradient checkpointing')
     train.add_argument('--device', default='', help='cuda or cpu (default: cuda where there is one)')
     parser.add_argument('--json', metavar='FILE', help='write all figures there')
+    parser.add_argument('--picture', metavar='FILE', help='draw rollouts, or --train, as a PNG there (matplotlib)')
     parser.add_argument('engine', nargs='*', metavar='-- OPTIONS OF swift rollout', help='the engine, e.g. its --model')
 
 
@@ -68,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if min(args.prompts, args.width, args.repeats) < 1:
             raise ValueError('--prompts, --width and --repeats must be at least 1')
+        if args.picture:
+            _check_picture(args)
         if args.fake:
             return _fake(args)
         if args.estimators:
@@ -162,6 +165,7 @@ def _train(args: argparse.Namespace) -> int:
     if found['too_large']:
         print(f'Not enough memory for {", ".join(found["too_large"])}: give a smaller --micro-batch.')
     _write(args.json, found)
+    _draw(args.picture, found)
     return 0
 
 
@@ -211,6 +215,7 @@ def _engine(args: argparse.Namespace) -> int:
     )
     print(table([_row(mode, summary) for mode, summary in found['modes'].items()]))
     _write(args.json, found)
+    _draw(args.picture, found)
     return 0
 
 
@@ -239,3 +244,21 @@ def _write(path: str | None, found: dict[str, Any]) -> None:
     if path:
         Path(path).write_text(json.dumps(found, indent=1) + '\n')
         print(f'written to {path}')
+
+
+def _check_picture(args: argparse.Namespace) -> None:
+    """Before anything is measured."""
+    from treepo_swift.lab.bench.picture import can_draw
+
+    if args.fake or args.estimators or args.fit:
+        raise ValueError('--picture draws rollouts on an engine, and --train: leave it out here.')
+    if not can_draw():
+        raise ValueError('--picture needs matplotlib: pip install matplotlib, or leave it out.')
+
+
+def _draw(path: str | None, found: dict[str, Any]) -> None:
+    if path:
+        from treepo_swift.lab.bench.picture import draw
+
+        draw(found, Path(path))
+        print(f'drawn to {path}')
