@@ -9,4 +9,5 @@ bash scripts/check.sh
 [ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"
 # Below the coverage that pyproject.toml asks for it ends here.
 .venv/bin/python -m pytest tests/unit tests/integration --cov --durations=8
+bash scripts/older_swift.sh
 exec .venv/bin/python -m pytest tests/e2e --durations=12

@@ -78,12 +78,12 @@ def test_a_deadline_counts_from_when_the_hook_runs(few_threads):
 
 def test_a_hook_that_is_slow_after_it_has_waited_is_late(few_threads):
     def slow(index: int) -> int:
-        time.sleep(0.1 if index < 4 else 0.5)
+        time.sleep(0.1 if index < 4 else 3)
         return index
 
-    results = asyncio.run(call_all(HookRunner(), slow, 5, timeout=0.2))
+    results = asyncio.run(call_all(HookRunner(), slow, 5, timeout=1.5))
     assert results[:4] == [0, 1, 2, 3]
-    assert isinstance(results[4], HookError) and 'took more than hook_timeout=0.2 s' in str(results[4])
+    assert isinstance(results[4], HookError) and 'took more than hook_timeout=1.5 s' in str(results[4])
 
 
 def test_a_thread_that_hangs_is_replaced_and_counted_until_it_returns(few_threads, new_threads, gate):
@@ -109,10 +109,11 @@ def test_a_thread_that_hangs_is_replaced_and_counted_until_it_returns(few_thread
     assert asyncio.run(call_all(runner, fine, 8, timeout=5.0)) == ['fine'] * 8
 
 
-def test_threads_that_come_back_late_are_kept_only_where_there_is_no_other(new_threads):
+def test_threads_that_come_back_late_are_kept_only_where_there_is_no_other(new_threads, gate):
     runner = HookRunner()
-    late = asyncio.run(call_all(runner, lambda index: time.sleep(0.3), 10, timeout=0.05))
+    late = asyncio.run(call_all(runner, lambda index: gate.wait(60), 10, timeout=0.05))
     assert all(isinstance(error, HookError) for error in late) and runner.hung.total() == 10
+    gate.set()
     until(lambda: not runner.hung and new_threads() == 1)
 
 

@@ -30,6 +30,7 @@ from tests.integration.rollout_server import serving
 from tests.integration.test_scheduler import scheduler
 from tests.integration.test_trainer import listening
 from treepo_swift.advantage.batch import tree_advantages
+from treepo_swift.compat import versions
 from treepo_swift.config import TreeConfig
 from treepo_swift.trainer import servers as servers_module
 from treepo_swift.trainer import sync_watch
@@ -207,6 +208,8 @@ def test_a_batch_that_a_living_server_refuses_is_not_asked_of_another():
 
 
 def test_a_server_that_wants_a_key_says_so():
+    if versions.installed_version('ms-swift') < '4.6':
+        pytest.skip('this ms-swift asks for no key')
     with fleet(1, api_key='s3cret') as (client, _):
         with pytest.raises(
             ServerError, match=r'wants an API key \(it answered 401\), and the client of swift rlhf sends'
