@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 from hypothesis import HealthCheck, settings
@@ -17,3 +18,8 @@ settings.register_profile('local', PATIENT)
 # By hand they are random, so that new ones are found; those that fail are kept and tried first.
 settings.register_profile('ci', PATIENT, derandomize=True, print_blob=True)
 settings.load_profile('ci' if os.environ.get('CI') else 'local')
+
+
+def pytest_unconfigure() -> None:
+    """Hooks that ignore their cancellation leave tasks behind, of which asyncio would tell when the process ends."""
+    logging.getLogger('asyncio').disabled = True
