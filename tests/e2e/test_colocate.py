@@ -50,7 +50,7 @@ def batches(path: Path) -> list[list[dict[str, Any]]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_same_seed_gives_the_same_trees_in_every_mode(serve, train, model, tmp_path):
+def test_the_same_seed_gives_the_same_trees_in_every_mode(serve, serve_briefly, train, model, tmp_path):
     """Tokens, nodes and advantages of two steps, with the weights moved in between."""
     port = serve()
     script = with_plugins(tmp_path, HERE / 'record.py')
@@ -59,7 +59,7 @@ def test_the_same_seed_gives_the_same_trees_in_every_mode(serve, train, model, t
         'server': (['--per_device_train_batch_size', str(BATCH)], {}),
         # 5 prompts on 2 servers: swift's client would cut the middle one in halves.
         'two_servers': (
-            ['--per_device_train_batch_size', str(BATCH), *servers_at([port, serve(TWIN='2')])],
+            ['--per_device_train_batch_size', str(BATCH), *servers_at([port, serve_briefly()])],
             {},
         ),
         'colocate': (

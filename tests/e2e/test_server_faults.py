@@ -30,7 +30,7 @@ MODEL_LENGTH = 384
 
 
 @pytest.fixture(scope='module')
-def client(serve, tmp_path_factory) -> Iterator[VLLMInferClient]:
+def client(serve_briefly, tmp_path_factory) -> Iterator[VLLMInferClient]:
     """Of a server whose KV cache is far too small."""
     folder = tmp_path_factory.mktemp('small')
     engine = {'block_size': 32, 'num_gpu_blocks_override': BLOCKS, 'disable_log_stats': False}
@@ -39,7 +39,7 @@ def client(serve, tmp_path_factory) -> Iterator[VLLMInferClient]:
     assert plain in text
     script = folder / 'rollout.sh'
     script.write_text(text.replace(plain, f"'{json.dumps(engine)}'").replace('$here', str(QUICKSTART)))
-    port = serve(script=script)
+    port = serve_briefly(script=script)
     yield VLLMInferClient(base_urls=[f'http://127.0.0.1:{port}'], connection_timeout=60)
 
 
