@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -38,9 +37,7 @@ def test_servers_that_die_are_left_out_until_none_is_left(environment, train, tm
             servers.append(stack.enter_context(service))
         for server, port in zip(servers, ports, strict=True):
             server.wait_for_health(port, timeout=300)
-        began = time.monotonic()
         result = train(ports[0], *servers_at(ports), '--per_device_train_batch_size', '40', steps=9)
-        took = time.monotonic() - began
     said = result.stdout + result.stderr
     # Three batches were whole; the fourth found no server any more.
     assert result.returncode != 0
@@ -50,4 +47,3 @@ def test_servers_that_die_are_left_out_until_none_is_left(environment, train, tm
     for port in ports[:2]:
         assert f'the rollout server http://127.0.0.1:{port} is dead' in said, said[-8000:]
     assert f'No rollout server is left. The rollout server http://127.0.0.1:{ports[2]}' in said, said[-5000:]
-    assert took < 200
