@@ -21,8 +21,10 @@ from tests.integration.fake_engine import SEPARATOR, FakeTokenizer
 class Request:
     """One request, as far as it has come."""
 
-    def __init__(self, request_id: str, inputs: dict[str, Any], sampling: SamplingParams) -> None:
+    def __init__(self, request_id: str, inputs: dict[str, Any], sampling: SamplingParams, interval: int) -> None:
+        """`interval` is the engine's; older versions of vLLM know no other."""
         self.id, self.sampling = request_id, sampling
+        self.interval = max(getattr(sampling, 'stream_interval', None) or 1, interval)
         self.context = list(inputs['prompt_token_ids'])
         self.tokens: list[int] = []
         self.sent = 0
@@ -39,7 +41,7 @@ class Request:
         """What is to be told now, as vLLM does: the first token, then a chunk at a time; None for nothing."""
         delta = self.sampling.output_kind is RequestOutputKind.DELTA
         new = len(self.tokens) - self.sent
-        if not (self.finished or (delta and (self.sent == 0 or new >= self.sampling.stream_interval))):
+        if not (self.finished or (delta and (self.sent == 0 or new >= self.interval))):
             return None
         ids, self.sent = self.tokens[self.sent :], len(self.tokens)
         flat = FlatLogprobs()
@@ -61,7 +63,7 @@ def vllm_config() -> SimpleNamespace:
         model_config=SimpleNamespace(max_model_len=1000, max_logprobs=20, dtype='torch.float32'),
         cache_config=SimpleNamespace(block_size=16, num_gpu_blocks=1000),
         parallel_config=SimpleNamespace(data_parallel_size=1),
-        scheduler_config=SimpleNamespace(policy='fcfs'),
+        scheduler_config=SimpleNamespace(policy='fcfs', stream_interval=1),
     )
 
 
@@ -73,7 +75,7 @@ class Llm:
     def __init__(self, *, ahead: bool = False, before_step: Callable[[int], bool] = lambda step: True) -> None:
         """`ahead`: a batch is computed while the one before it is read, as vLLM's asynchronous scheduling does.
         `before_step` gets the number of a step, and says whether anything is computed in it."""
-        self.vllm_config = vllm_config()
+        self.vllm_config, self.output_processor = vllm_config(), SimpleNamespace(stream_interval=1)
         self.ahead, self.before_step = ahead, before_step
         self.requests: dict[str, Request] = {}
         self.batch_queue: deque[list[Any]] | None = deque() if ahead else None
@@ -85,7 +87,7 @@ class Llm:
     def add_request(self, request_id, inputs, sampling, *, lora_request=None, priority=0):
         assert request_id not in self.requests and not self.sleeps
         self.added += 1
-        self.requests[request_id] = Request(request_id, inputs, sampling)
+        self.requests[request_id] = Request(request_id, inputs, sampling, self.output_processor.stream_interval)
 
     def abort_request(self, request_ids):
         for request_id in request_ids:
@@ -126,9 +128,10 @@ class StreamingLlm:
 
     def __init__(self, pace: random.Random) -> None:
         self.vllm_config, self.pace = vllm_config(), pace
+        self.output_processor = SimpleNamespace(stream_interval=1)
 
     async def generate(self, inputs, sampling, request_id, *, lora_request, priority, data_parallel_rank):
-        request = Request(request_id, inputs, sampling)
+        request = Request(request_id, inputs, sampling, self.output_processor.stream_interval)
         while not request.finished:
             request.speak()
             output = request.output()

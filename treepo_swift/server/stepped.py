@@ -42,6 +42,8 @@ class SteppedEngine:
         self._gone: str | None = None
         """Why the engine can not be used any more."""
         self.vllm_config = engine.vllm_config
+        self.output_processor = engine.output_processor
+        """Where the interval of streams is set in a vLLM whose requests have none."""
         self.log_stats = engine.log_stats
         self.steps = 0
         """Steps that were taken."""
