@@ -1,7 +1,7 @@
 # Rollout server and trainer on GPUs, over vLLM's own image. From the repository's root:
 #
 #   docker build -f docker/cuda.Dockerfile -t treepo-swift:cuda .
-#   docker run --rm --gpus all --ipc=host -v "$PWD/output:/work/output" treepo-swift:cuda treepo-swift doctor
+#   docker run --rm --gpus all --ipc=host -v "$PWD/output:/workspace/output" treepo-swift:cuda treepo-swift doctor
 #
 # Not built or run by the authors: they have no GPU with Docker. The versions are the pair that is tested on CPUs.
 ARG VLLM=v0.32.0
@@ -15,6 +15,6 @@ COPY treepo_swift treepo_swift
 RUN pip install --no-cache-dir "ms-swift==${SWIFT}" "deepspeed>=0.19.8,<0.20" "math_verify>=0.9,<0.10" . \
     && treepo-swift plugin
 
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT []
 CMD ["treepo-swift", "doctor"]

@@ -258,7 +258,7 @@ def test_an_evaluation_goes_on_setting_by_setting(engine, prompts, tmp_path, cap
     (output / 'd2-eager-w4.jsonl').unlink()
     kept = (output / 'd2-eager-w2.jsonl').read_bytes()
     before = engine.requests
-    monkeypatch.setattr('treepo_swift.lab.sampling.plot.find_spec', lambda name: None)
+    monkeypatch.setattr('treepo_swift.lab.bench.picture.find_spec', lambda name: None)
     capsys.readouterr()
     assert evaluate(prompts, output, *asked) == 0
     # Five trees of four, and the warm-up.

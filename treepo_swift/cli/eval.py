@@ -43,12 +43,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from treepo_swift.lab.bench.picture import can_draw
     from treepo_swift.lab.bench.result import hardware
     from treepo_swift.lab.bench.table import table
     from treepo_swift.lab.sampling import evaluation, growing
     from treepo_swift.lab.sampling.files import TreesFile
     from treepo_swift.lab.sampling.judging import load_judge
-    from treepo_swift.lab.sampling.plot import can_plot, plot
+    from treepo_swift.lab.sampling.plot import plot
     from treepo_swift.lab.sampling.prompts import read_prompts
 
     check_numbers(args, **{'--width': min(args.width), '--divergence': min(args.divergence, default=1)})
@@ -88,7 +89,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         'config': config.to_dict(),
     }
     written = evaluation.write_results(args.output, head, curves)
-    if can_plot():
+    if can_draw():
         written.append(args.output / 'results.png')
         plot(curves, written[-1])
     else:

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from .evaluation import Curve
-
-
-def can_plot() -> bool:
-    return find_spec('matplotlib') is not None
 
 
 def plot(curves: Sequence[Curve], path: Path) -> None:
