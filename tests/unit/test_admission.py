@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treepo_swift.server.admission import Admission, Forecast
-from treepo_swift.server.concurrency import BackgroundTasks, all_or_cancel, task_group
+from treepo_swift.server.concurrency import BackgroundTasks, all_or_cancel, closed_for_good, task_group
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=30), st.integers(1, 4), st.sampled_from([0, 50, 100]))
@@ -145,3 +145,50 @@ def test_an_error_in_one_task_ends_the_others_and_comes_out_as_it_is():
     with pytest.raises(KeyError, match='why'):
         asyncio.run(all_or_cancel([forever(), fails(), forever()]))
     assert ended == [True, True]
+
+
+def test_a_stream_closes_to_its_end_though_who_closes_it_is_cancelled_meanwhile():
+    steps = 0
+
+    async def stream():
+        nonlocal steps
+        try:
+            yield 1
+        finally:
+            for _ in range(20):
+                await asyncio.sleep(0)
+                steps += 1
+
+    async def read(closing: asyncio.Event) -> None:
+        async with closed_for_good(stream()) as items:
+            async for _ in items:
+                closing.set()
+                break
+
+    async def run() -> None:
+        closing = asyncio.Event()
+        task = asyncio.create_task(read(closing))
+        await closing.wait()
+        for _ in range(3):
+            await asyncio.sleep(0)
+            task.cancel()
+        await asyncio.wait({task})
+        assert task.cancelled() and steps == 20
+
+    asyncio.run(run())
+
+
+def test_what_a_stream_raises_when_it_closes_is_raised():
+    async def stream():
+        try:
+            yield 1
+        finally:
+            raise RuntimeError('the abort failed')
+
+    async def read() -> None:
+        async with closed_for_good(stream()) as items:
+            async for _ in items:
+                break
+
+    with pytest.raises(RuntimeError, match='the abort failed'):
+        asyncio.run(read())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import sys
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar('T')
 
 COUNTS_ITS_OWN_CANCEL = sys.version_info < (3, 13)
 """A `TaskGroup` whose task fails cancels the task that waits for it, and before Python 3.13 left that counted. swift's
@@ -52,6 +54,25 @@ async def all_or_cancel(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None
     async with task_group() as group:
         for coroutine in coroutines:
             group.create_task(coroutine)
+
+
+@asynccontextmanager
+async def closed_for_good(stream: AsyncGenerator[T, None]) -> AsyncIterator[AsyncGenerator[T, None]]:
+    """As `contextlib.aclosing`, but who is cancelled while the stream closes waits until it has: an engine's request
+    whose abort is interrupted would go on."""
+    try:
+        yield stream
+    finally:
+        closing = asyncio.ensure_future(stream.aclose())
+        cancelled: asyncio.CancelledError | None = None
+        while not closing.done():
+            try:
+                await asyncio.wait({closing})
+            except asyncio.CancelledError as e:
+                cancelled = e
+        closing.result()
+        if cancelled is not None:
+            raise cancelled
 
 
 class BackgroundTasks:

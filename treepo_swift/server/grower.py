@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
 from dataclasses import dataclass
 from inspect import isawaitable
 
@@ -18,7 +17,7 @@ from treepo_swift.core.messages import Segment, SegmentRequest
 from treepo_swift.core.search import TreeSearch
 from treepo_swift.core.tree import StopReason, response_ids
 
-from .concurrency import Rendezvous, task_group
+from .concurrency import Rendezvous, closed_for_good, task_group
 from .conversation import Conversation
 from .engine import Placement, Prompt, SegmentEngine
 from .failures import FailurePolicy
@@ -91,7 +90,7 @@ class TreeGrower:
     async def _grow(self, request: SegmentRequest) -> None:
         """Take the segments of one request until it or its path's turn ends."""
         try:
-            async with aclosing(self._sample(request)) as segments:
+            async with closed_for_good(self._sample(request)) as segments:
                 async for segment in segments:
                     stop = await self._take(request, segment)
                     if stop is not None:
