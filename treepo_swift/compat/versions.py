@@ -15,6 +15,7 @@ SUPPORTED = {'ms-swift': SpecifierSet('>=4.5.3,<5'), 'vllm': SpecifierSet('>=0.2
 """Keys are distribution names. pyproject.toml has the same ranges; vLLM has no upper end."""
 TESTED = {
     ('0.20.2', '4.6.0'),
+    ('0.23.0', '4.6.0'),
     ('0.28.0', '4.6.0'),
     ('0.32.0', '4.5.3'),
     ('0.32.0', '4.6.0'),
