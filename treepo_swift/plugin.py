@@ -48,6 +48,7 @@ def register() -> None:
     # swift imports both by their paths when it needs them.
     TrainerFactory.TRAINER_MAPPING['grpo'] = TRAINER_PATH
     TrainerFactory.TRAINING_ARGS_MAPPING['grpo'] = TRAINING_ARGS_PATH
+    importlib.import_module('treepo_swift.server.ordered_pipe').order_answers()
     _register_megatron()
 
 

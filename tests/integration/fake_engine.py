@@ -63,7 +63,7 @@ class FakeEngine:
             ids += list(content.encode()) if reply is None else reply
         return Prompt(ids, {}, {'images': list(request.images)} if request.images else {})
 
-    async def begin_batch(self, request_config: Any, *, top_logprobs: int = 0) -> None:
+    async def begin_batch(self, request_config: Any, *, top_logprobs: int = 0, encode_timeout: float = 60.0) -> None:
         self.stop_strings = list(request_config.stop or [])
 
     async def generate(

@@ -39,6 +39,10 @@ USED = (
     'swift.template.base:Template._add_dynamic_eos',
     'swift.arguments.deploy_args:RolloutArguments._check_device_count',
     'swift.rewards.orm:MathAccuracy.__call__',
+    'swift.pipelines.infer.rollout:SwiftRolloutDeploy._start_data_parallel_workers',
+    # Whose answers `OrderedPipe` orders: it looks up `recv` before anybody else can send.
+    'swift.pipelines.infer.rollout:SwiftRolloutDeploy.process_weights_after_loading',
+    'swift.pipelines.infer.rollout:SwiftRolloutDeploy.infer',
     # Called, though private.
     'swift.infer_engine.grpo_vllm_engine:GRPOVllmEngine._get_grpo_lora_request_async',
     f'{ENGINE}._prepare_generation_config',

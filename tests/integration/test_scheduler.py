@@ -144,9 +144,9 @@ def test_evaluation_ends_where_training_paths_end_and_takes_the_trainers_hook_de
     asked: list[int] = []
     begin_batch = target._engine.begin_batch
 
-    async def watch(request_config, *, top_logprobs=0):
+    async def watch(request_config, *, top_logprobs=0, **options):
         asked.append(top_logprobs)
-        await begin_batch(request_config, top_logprobs=top_logprobs)
+        await begin_batch(request_config, top_logprobs=top_logprobs, **options)
 
     target._engine.begin_batch = watch
     healthy, slow = rollout(requests('a', 'slow', mode='independent', config=hasty), target, max_tokens=200)
@@ -623,9 +623,9 @@ def test_entropies_are_asked_for_where_a_policy_reads_them(keys, asked, monkeypa
     heard = []
     begin = FakeEngine.begin_batch
 
-    async def begin_batch(self, request_config, *, top_logprobs=0):
+    async def begin_batch(self, request_config, *, top_logprobs=0, **options):
         heard.append(top_logprobs)
-        await begin(self, request_config, top_logprobs=top_logprobs)
+        await begin(self, request_config, top_logprobs=top_logprobs, **options)
 
     monkeypatch.setattr(FakeEngine, 'begin_batch', begin_batch)
     rollout(requests('a', 'a', config=TreeConfig(segment_length=16, max_depth=2, **keys)), scheduler(FakeEngine()))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -17,9 +19,10 @@ from vllm.logprobs import FlatLogprobs, Logprob
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from treepo_swift.compat.capabilities import VllmFeatures, vllm_features
+from treepo_swift.core.failure import NodeFailure
 from treepo_swift.core.tree import StopReason
 from treepo_swift.server.engine import EngineError, EngineGone, Placement, Prompt
-from treepo_swift.server.vllm_engine import VllmSegmentEngine
+from treepo_swift.server.vllm_engine import ENCODE_THREADS, VllmSegmentEngine
 
 
 class Tokenizer:
@@ -287,3 +290,40 @@ def test_a_dead_engine_is_gone_for_requests_and_for_scores():
         sample(target, 32, 32)
     with pytest.raises(EngineGone, match="vLLM's engine has died"):
         asyncio.run(target.score([1, 2]))
+
+
+def test_prompts_that_never_encode_fail_by_themselves_and_the_next_are_encoded():
+    target, over = engine(has=features()), threading.Event()
+
+    def encode(request):
+        if request == 'hangs':
+            over.wait(60)
+        return Prompt([1], {})
+
+    target._encode = encode
+    target._engine.template = SimpleNamespace(set_mode=lambda mode: None)
+
+    async def run():
+        await target.begin_batch(RequestConfig(temperature=1.0), encode_timeout=0.3)
+        # More than there are threads.
+        asked = ['hangs'] * 2 * ENCODE_THREADS + ['well'] * 10
+        return await asyncio.gather(*map(target.encode, asked), return_exceptions=True)
+
+    try:
+        answers = asyncio.run(run())
+    finally:
+        over.set()
+    late, well = answers[:-10], answers[-10:]
+    assert all(isinstance(e, NodeFailure) and 'faults.hook_timeout=0.3 s' in str(e) for e in late), late
+    assert [prompt.token_ids for prompt in well] == [[1]] * 10
+
+
+def test_threads_that_encode_end_soon():
+    target = engine(has=features())
+    target._encode = lambda request: Prompt([1], {})
+    target._engine.template = SimpleNamespace(set_mode=lambda mode: None)
+    asyncio.run(target.encode('well'))
+    until = time.monotonic() + 10
+    while any(thread.name == 'treepo-encode' for thread in threading.enumerate()):
+        assert time.monotonic() < until
+        time.sleep(0.05)

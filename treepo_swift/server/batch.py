@@ -169,7 +169,9 @@ class RolloutBatch:
     async def _begin_engine(self) -> None:
         asked = self._config.entropy_logprobs if self._mode == 'tree' else {}
         top_logprobs = max(asked.values(), default=0)
-        await self._engine.begin_batch(self._request_config, top_logprobs=top_logprobs)
+        await self._engine.begin_batch(
+            self._request_config, top_logprobs=top_logprobs, encode_timeout=self._config.faults.hook_timeout
+        )
 
     # Groups become planted trees.
 

@@ -75,11 +75,7 @@ class ColocateTrees:
         return self._run(lambda: self._segments.score(token_ids))
 
     def _run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        try:
-            return self._runner.run(self._guarded(work))
-        finally:
-            # Threads that wait for prompts to encode have no business in a trainer, which may fork data loaders.
-            self._segments.end_threads()
+        return self._runner.run(self._guarded(work))
 
     async def _guarded(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         self._stepped.check_awake()

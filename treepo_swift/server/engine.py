@@ -32,6 +32,10 @@ class EngineGone(RuntimeError):
     """The engine can not be asked for anything any more. This ends the batch: nothing is retried."""
 
 
+ENCODE_SECONDS = 60.0
+"""That a prompt may take to encode, unless a batch says otherwise."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """An encoded prompt: its token ids and whatever else (images, template inputs) swift's template made of it."""
@@ -81,10 +85,15 @@ class SegmentEngine(Protocol):
     """Grows with whatever comes of requests, if only a part of a segment."""
 
     async def encode(self, request: RolloutInferRequest) -> Prompt:
-        """Turn messages (and images, tools) into token ids. Raises whatever the template raises."""
+        """Turn messages (and images, tools) into token ids. Raises whatever the template raises, `NodeFailure` late."""
 
-    async def begin_batch(self, request_config: RequestConfig, *, top_logprobs: int = 0) -> None:
-        """Fix the sampling parameters of the segments to come; with `top_logprobs` they come with entropies."""
+    async def begin_batch(
+        self, request_config: RequestConfig, *, top_logprobs: int = 0, encode_timeout: float = ENCODE_SECONDS
+    ) -> None:
+        """Fix the sampling parameters of the segments to come; with `top_logprobs` they come with entropies.
+
+        A prompt that takes more than `encode_timeout` seconds to encode fails.
+        """
 
     def generate(
         self,

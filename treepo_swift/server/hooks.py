@@ -84,7 +84,7 @@ class HookRunner:
             # A plain function may hand out a coroutine: a decorated async one, or a partial.
             return await self._on_the_loop(_awaited(result), name, timeout) if inspect.isawaitable(result) else result
         except TimeoutError as e:
-            if not isinstance(e, _DeadlinePassed):
+            if not isinstance(e, DeadlinePassed):
                 raise HookError(name, where, f'raised TimeoutError: {e}', kind='raised TimeoutError') from e
             problem = f'took more than hook_timeout={timeout:g} s'
             raise HookError(name, where, problem, kind='took more than hook_timeout', remedy=SLOW) from None
@@ -105,7 +105,7 @@ class HookRunner:
             await asyncio.wait({task}, timeout=timeout)
             if task.done():
                 return task.result()
-            raise _DeadlinePassed
+            raise DeadlinePassed
         finally:
             if not task.done():
                 task.cancel()
@@ -123,7 +123,7 @@ def _look_away(task: asyncio.Task[Any]) -> None:
         task.exception()
 
 
-class _DeadlinePassed(TimeoutError):
+class DeadlinePassed(TimeoutError):
     """Of ours; a hook may raise a TimeoutError of its own."""
 
 
@@ -193,8 +193,10 @@ class HookThreads:
     where there is no other. Threads are daemons: one that hangs does not keep the process alive.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, name: str = 'treepo-hook', idle_seconds: float | None = None) -> None:
         self._limit = limit
+        self._name = name
+        self._idle_seconds = IDLE_SECONDS if idle_seconds is None else idle_seconds
         self._changed = threading.Condition()
         # All of these are touched under the condition's lock only.
         self._queue: deque[_Call] = deque()
@@ -212,7 +214,7 @@ class HookThreads:
             return Counter(call.name for call in self._hung)
 
     async def run(self, name: str, work: Callable[[], Any], timeout: float) -> Any:
-        """What `work` returns. Raises `TimeoutError` when it has run for `timeout` seconds."""
+        """What `work` returns. Raises `DeadlinePassed` when it has run for `timeout` seconds."""
         call = _Call(name, work, timeout)
         with self._changed:
             self._queue.append(call)
@@ -224,7 +226,7 @@ class HookThreads:
                 if call.future.done():
                     return call.future.result()
                 left = call.seconds_left  # It may have begun, or not, while we waited.
-            raise _DeadlinePassed
+            raise DeadlinePassed
         finally:
             call.future.cancel()
             self._leave(call)
@@ -239,7 +241,7 @@ class HookThreads:
         elif self._threads < self._limit:
             self._threads += 1
             self._idle += 1
-            threading.Thread(target=self._work, name='treepo-hook', daemon=True).start()
+            threading.Thread(target=self._work, name=self._name, daemon=True).start()
 
     def _leave(self, call: _Call) -> None:
         """Nobody waits for `call` any more. Where its deadline has passed, another thread takes its place."""
@@ -268,7 +270,7 @@ class HookThreads:
 
     def _next_call(self) -> _Call | None:
         with self._changed:
-            came = self._changed.wait_for(lambda: self._queue, timeout=IDLE_SECONDS)
+            came = self._changed.wait_for(lambda: self._queue, timeout=self._idle_seconds)
             self._idle -= 1
             if not came:
                 self._threads -= 1

@@ -6,23 +6,23 @@ log-probs that they were sampled with; swift's template is used once per prompt.
 
 from __future__ import annotations
 
-import asyncio
 import collections
 import copy
 import math
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from treepo_swift.compat.capabilities import VllmFeatures, vllm_features
+from treepo_swift.core.failure import NodeFailure
 from treepo_swift.core.messages import Segment
 from treepo_swift.core.tree import StopReason
 from treepo_swift.wire.report import EngineCounters
 
-from .engine import EngineError, EngineGone, EngineInfo, Placement, Prompt, check_request_config
+from .engine import ENCODE_SECONDS, EngineError, EngineGone, EngineInfo, Placement, Prompt, check_request_config
+from .hooks import DeadlinePassed, HookThreads
 
 if TYPE_CHECKING:
     from swift.infer_engine import GRPOVllmEngine
@@ -79,11 +79,6 @@ def entropy(logprobs: Sequence[float]) -> float:
     return total - (rest * math.log(rest) if rest > 1e-12 else 0.0)
 
 
-def encoding_threads() -> ThreadPoolExecutor:
-    """They are started when there is something to encode."""
-    return ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix='treepo-encode')
-
-
 class VllmSegmentEngine:
     """`SegmentEngine` over swift's `GRPOVllmEngine`, with vLLM's async engine below it or a `SteppedEngine`."""
 
@@ -107,7 +102,9 @@ class VllmSegmentEngine:
             dtype=str(config.model_config.dtype).removeprefix('torch.'),
         )
         self._by_priority = config.scheduler_config.policy == 'priority'
-        self._encoders = encoding_threads()
+        # In colocate mode the trainer may fork data loaders afterwards: threads without work end soon.
+        self._encoders = HookThreads(ENCODE_THREADS, 'treepo-encode', idle_seconds=0.5)
+        self._encode_timeout = ENCODE_SECONDS
         self.answers = 0
         """Outputs of all requests so far, also parts of segments: what tells an engine that works from a hung one."""
         self._sampling: Any = None
@@ -119,13 +116,16 @@ class VllmSegmentEngine:
     async def encode(self, request: RolloutInferRequest) -> Prompt:
         template = self._engine.template
         template.set_mode('vllm')
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._encoders, self._encode, request)
-
-    def end_threads(self) -> None:
-        """Let the threads that encode prompts end; others are started when they are needed again."""
-        self._encoders.shutdown()
-        self._encoders = encoding_threads()
+        limit = self._encode_timeout
+        try:
+            return await self._encoders.run('encode', lambda: self._encode(request), limit)
+        except DeadlinePassed:
+            raise NodeFailure(
+                f'the template has been encoding it for more than faults.hook_timeout={limit:g} s',
+                kind='a prompt took more than faults.hook_timeout to encode',
+                remedy='Look at what this sample names: an image or a video that has to be fetched? Raise '
+                'faults.hook_timeout where it only is that slow.',
+            ) from None
 
     def _encode(self, request: RolloutInferRequest) -> Prompt:
         inputs = self._engine.template.encode(request, True)
@@ -138,7 +138,10 @@ class VllmSegmentEngine:
             list(inputs['input_ids']), inputs, {k: v for k, v in engine_inputs.items() if k != 'prompt_token_ids'}
         )
 
-    async def begin_batch(self, request_config: RequestConfig, *, top_logprobs: int = 0) -> None:
+    async def begin_batch(
+        self, request_config: RequestConfig, *, top_logprobs: int = 0, encode_timeout: float = ENCODE_SECONDS
+    ) -> None:
+        self._encode_timeout = encode_timeout
         check_request_config(request_config)
         config = copy.copy(request_config)
         config.logprobs, config.seed = True, None

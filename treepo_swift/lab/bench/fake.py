@@ -50,7 +50,7 @@ class FreeEngine:
     async def encode(self, request: Any) -> Prompt:
         return Prompt([0] * len(request.messages[-1]['content'].split()), {})
 
-    async def begin_batch(self, request_config: Any, *, top_logprobs: int = 0) -> None:
+    async def begin_batch(self, request_config: Any, *, top_logprobs: int = 0, encode_timeout: float = 60.0) -> None:
         self._with_entropies = top_logprobs > 0
 
     async def generate(
