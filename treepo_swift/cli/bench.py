@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +65,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        if min(args.prompts, args.width, args.repeats) < 1:
-            raise ValueError('--prompts, --width and --repeats must be at least 1')
-        if args.picture:
-            _check_picture(args)
-        if args.fake:
-            return _fake(args)
-        if args.estimators:
-            return _estimators(args)
-        if args.fit:
-            return _fit(args)
-        if args.train:
-            return _train(args)
-        return _engine(args)
-    except (OSError, ValueError) as e:
-        print(f'treepo-swift bench: {e}', file=sys.stderr)
-        return 1
+    if min(args.prompts, args.width, args.repeats) < 1:
+        raise ValueError('--prompts, --width and --repeats must be at least 1')
+    if args.picture:
+        _check_picture(args)
+    if args.fake:
+        return _fake(args)
+    if args.estimators:
+        return _estimators(args)
+    if args.fit:
+        return _fit(args)
+    if args.train:
+        return _train(args)
+    return _engine(args)
 
 
 def _fake(args: argparse.Namespace) -> int:
