@@ -119,7 +119,7 @@ install_torch
 [ -z "$dry_run" ] || exit 0
 
 say '3/4 ms-swift, what vLLM requires, test tools'
-pip install -e "$root[deepspeed,dev]" -r "$venv/requirements.txt" "$(way_torch "$way")"
+pip install -e "$root[deepspeed,dev,reasoning-gym]" -r "$venv/requirements.txt" "$(way_torch "$way")"
 
 say '4/4 checking'
 eval "$("$venv/bin/python" -m treepo_swift.compat.cpu)"

@@ -13,7 +13,7 @@ swift rollout \
     --model_type qwen2 \
     --template chatml \
     --torch_dtype float32 \
-    --external_plugins "$here/../../plugin/treepo_plugin.py" \
+    --external_plugins "$(treepo-swift plugin)" \
     ${SCHEDULER:+--multi_turn_scheduler "$SCHEDULER"} \
     --vllm_use_async_engine true \
     --vllm_enforce_eager true \

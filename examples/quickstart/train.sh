@@ -35,7 +35,7 @@ swift rlhf \
     --tuner_type full \
     --torch_dtype float32 \
     --bf16 false \
-    --external_plugins "$here/../../plugin/treepo_plugin.py" "$here/reward.py" \
+    --external_plugins "$(treepo-swift plugin)" "$here/reward.py" \
     ${REWARD_FUNCS:+--reward_funcs $REWARD_FUNCS} \
     --dataset "${DATASET:?path of train.jsonl}" \
     --load_from_cache_file false \

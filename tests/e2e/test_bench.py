@@ -118,6 +118,24 @@ def test_answers_end_where_the_workload_says(command, tmp_path):
     assert set(json.loads(found.read_text())['lengths']) <= {20, 50}
 
 
+def test_a_whole_step_is_measured_by_one_command(command, tmp_path):
+    """Rollouts in a process of their own, then the pass over the very rows that they grew."""
+    found = tmp_path / 'step.json'
+    asked = ('--train', '--prompts', '2', '--width', '4', '--repeats', '1', '--json', str(found))
+    done = command('bench', *asked, TREEPO_SEGMENT_LENGTH='32', TREEPO_MAX_DEPTH='4')
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith('| times as fast')
+    result = json.loads(found.read_text())
+    rollouts, training = result['rollouts'], result['training']
+    assert set(rollouts['modes']) == {'independent', 'stream'}
+    # Two trees of four answers with 128 tokens; levels of 2, 4, 4 and 4 segments, and each prompt once.
+    prompts = rollouts['settings']['prompt_tokens']
+    assert training['row_tokens'] == 8 * (prompts + 128) and training['rows'] == 8
+    assert training['trie_tokens'] <= 2 * (prompts + 14 * 32)
+    assert training['modes']['shared']['gap'] < 1e-3
+    assert all(seconds > 0 for parts in result['steps'].values() for seconds in parts.values())
+
+
 @pytest.mark.parametrize(
     'args, message',
     [

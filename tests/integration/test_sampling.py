@@ -26,9 +26,10 @@ CONFIG = {'TREEPO_SEGMENT_LENGTH': '16', 'TREEPO_MAX_DEPTH': '4'}
 
 def speak(context, max_tokens, seed):
     """Answers of 31 characters and EOS: which digit is in the box hangs on the seed."""
-    said = bytes(token for token in context if token != EOS).decode().rpartition('?')[2]
+    before = bytes(token for token in context if token != EOS).decode()
     text = 'so many words lead to \\boxed{' + str(seed % 3) + '}'
-    left = [*text.encode(), EOS][len(said) :][:max_tokens]
+    said = next(count for count in range(len(text), -1, -1) if before.endswith(text[:count]))
+    left = [*text.encode(), EOS][said:][:max_tokens]
     return segment_of(left, StopReason.EOS if left[-1:] == [EOS] else None)
 
 

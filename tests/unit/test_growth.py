@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 
 import pytest
 import yaml
 
-from treepo_swift.cli import config as config_cli
+from treepo_swift.cli.main import main
 from treepo_swift.config import TreeConfig
 from treepo_swift.trainer.growth import describe_growth
 
@@ -69,10 +68,7 @@ def test_what_was_set_is_said():
 
 
 def config_command(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    parser = argparse.ArgumentParser()
-    config_cli.add_arguments(parser)
-    status = config_cli.run(parser.parse_args(args))
-    return status, *capsys.readouterr()
+    return main(['config', *args]), *capsys.readouterr()
 
 
 def test_the_command_says_what_a_run_would_get(capsys, monkeypatch):
@@ -88,5 +84,5 @@ def test_the_command_says_what_a_run_would_get(capsys, monkeypatch):
     assert config_command(capsys, '--max-completion-length', '0') == (
         1,
         '',
-        'treepo-swift: --max-completion-length 0: must be at least 1.\n',
+        'treepo-swift config: --max-completion-length 0: must be at least 1.\n',
     )

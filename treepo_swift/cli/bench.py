@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from treepo_swift.config import TreeConfig
 from treepo_swift.lab.bench import estimators
@@ -22,9 +22,14 @@ EPILOG = """Rows of the table that may need a word:
   scheduler CPU  of the rollout's time, spent in the scheduler on the event loop
 Everything after -- goes to the engine, as `swift rollout` takes it:
   treepo-swift bench --prompts 12 --width 16 -- --model Qwen/Qwen2.5-1.5B-Instruct --vllm_max_model_len 8192
---train grows trees with the shape of the paper, by lengths that were recorded:
+--train with a model measures a whole step of it, rollout and policy pass, with and without trees:
+  treepo-swift bench --train --prompts 8 --picture step.png -- --model Qwen/Qwen2.5-1.5B-Instruct
+Without one it grows trees with the shape of the paper, by lengths that were recorded, for a random model:
   treepo-swift bench --train --size 0.5B --prompts 1 --width 16 --lengths examples/scale/lengths.json --json out.json
 The tree's shape comes from TREEPO_CONFIG and TREEPO_* variables, as everywhere."""
+
+if TYPE_CHECKING:
+    from treepo_swift.lab.bench.train import TrainedRow
 
 PROFILED_PROMPTS = 100
 
@@ -52,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--temperature', type=float, default=1.0)
     parser.add_argument('--repeats', type=int, default=5, help='measured runs of each mode (default 5)')
     train = parser.add_argument_group('--train')
-    train.add_argument('--size', default='quickstart', help='random Qwen2 of that size: quickstart, 0.5B, 1.5B or 7B')
+    train.add_argument('--size', help='random Qwen2 of that size: quickstart (default), 0.5B, 1.5B or 7B')
     train.add_argument('--rows', metavar='FILE', help='recorded rows instead of grown trees')
     train.add_argument('--prompt-tokens', type=int, default=64, help='of each grown tree (default 64)')
     train.add_argument('--micro-batch', type=int, default=0, help='rows of a micro-batch (default: all of them)')
@@ -60,29 +65,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument('--ways', default='', help='of padded, padding_free (with flash-attn), packed, shared')
     train.add_argument('--checkpointing', action='store_true', help='gradient checkpointing')
     train.add_argument('--device', default='', help='cuda or cpu (default: cuda where there is one)')
+    parser.add_argument('--keep-rows', metavar='FILE', help='write what the last trees hold, for --train --rows')
     parser.add_argument('--json', metavar='FILE', help='write all figures there')
     parser.add_argument('--picture', metavar='FILE', help='draw rollouts, or --train, as a PNG there (matplotlib)')
     parser.add_argument('engine', nargs='*', metavar='-- OPTIONS OF swift rollout', help='the engine, e.g. its --model')
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        if min(args.prompts, args.width, args.repeats) < 1:
-            raise ValueError('--prompts, --width and --repeats must be at least 1')
-        if args.picture:
-            _check_picture(args)
-        if args.fake:
-            return _fake(args)
-        if args.estimators:
-            return _estimators(args)
-        if args.fit:
-            return _fit(args)
-        if args.train:
-            return _train(args)
-        return _engine(args)
-    except (OSError, ValueError) as e:
-        print(f'treepo-swift bench: {e}', file=sys.stderr)
-        return 1
+    if min(args.prompts, args.width, args.repeats) < 1:
+        raise ValueError('--prompts, --width and --repeats must be at least 1')
+    if args.picture:
+        _check_picture(args)
+    if args.fake:
+        return _fake(args)
+    if args.estimators:
+        return _estimators(args)
+    if args.fit:
+        return _fit(args)
+    if args.train:
+        return _step(args) if args.engine else _train(args)
+    return _engine(args)
 
 
 def _fake(args: argparse.Namespace) -> int:
@@ -94,8 +96,8 @@ def _fake(args: argparse.Namespace) -> int:
     scheduler = fake.measure(config, prompts=args.prompts, width=args.width)
     profile = fake.profile(config, prompts=min(args.prompts, PROFILED_PROMPTS), width=args.width)
     payload = fake.payload(config, width=args.width)
-    print('\n\n'.join(map(table, ([scheduler], profile, payload))))
     _write(args.json, {'scheduler': scheduler, 'profile': profile, 'payload': payload})
+    print('\n\n'.join(map(table, ([scheduler], profile, payload))))
     return 0
 
 
@@ -108,11 +110,10 @@ def _estimators(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    import torch
-
     from treepo_swift.lab.bench import train
 
-    if args.size not in train.SIZES:
+    size = args.size or 'quickstart'
+    if size not in train.SIZES:
         raise ValueError(f'--size {args.size}: must be one of {", ".join(train.SIZES)}.')
     if args.rows:
         rows = train.read_rows(args.rows)
@@ -125,21 +126,13 @@ def _train(args: argparse.Namespace) -> int:
             width=args.width,
             prompt_tokens=args.prompt_tokens,
             lengths=LengthDistribution.from_json(args.lengths) if args.lengths else limit,
-            vocabulary=train.SIZES[args.size]['vocab_size'],
+            vocabulary=train.SIZES[size]['vocab_size'],
         )
-    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    bench = train.TrainBench(
-        args.size,
-        rows,
-        device=device,
-        micro_batch=args.micro_batch,
-        padded_micro_batch=args.padded_micro_batch,
-        checkpointing=args.checkpointing,
-        ways=args.ways.split(',') if args.ways else (),
-    )
-    found = train.measure(bench, args.repeats)
+    found = _policy_pass(args, size, rows, args.micro_batch, args.ways.split(',') if args.ways else ())
+    _write(args.json, found)
+    _draw(args.picture, found)
     print(
-        f'{found["hardware"]}, {found["dtype"]}, {found["attention"]}, random Qwen2 of size {args.size}, '
+        f'{found["hardware"]}, {found["dtype"]}, {found["attention"]}, random Qwen2 of size {size}, '
         f'{found["rows"]} rows, medians of {args.repeats} interleaved runs, '
         f'{"variable-length" if found["varlen"] else "padded"} attention over tries\n'
         f'{found["row_tokens"]:,} row tokens, {found["padded_tokens"]:,} padded, {found["trie_tokens"]:,} in tries '
@@ -164,8 +157,52 @@ def _train(args: argparse.Namespace) -> int:
     )
     if found['too_large']:
         print(f'Not enough memory for {", ".join(found["too_large"])}: give a smaller --micro-batch.')
+    return 0
+
+
+def _policy_pass(
+    args: argparse.Namespace, model: str, rows: Sequence[TrainedRow], micro_batch: int, ways: Sequence[str]
+) -> dict[str, Any]:
+    import torch
+
+    from treepo_swift.lab.bench import train
+
+    bench = train.TrainBench(
+        model,
+        rows,
+        device=args.device or ('cuda' if torch.cuda.is_available() else 'cpu'),
+        micro_batch=micro_batch,
+        padded_micro_batch=args.padded_micro_batch,
+        checkpointing=args.checkpointing,
+        ways=ways,
+    )
+    return train.measure(bench, args.repeats)
+
+
+def _step(args: argparse.Namespace) -> int:
+    from treepo_swift.lab.bench import step
+
+    if args.size or args.rows or args.ways or args.keep_rows:
+        raise ValueError('--size, --rows, --ways and --keep-rows do nothing where a model stands behind --.')
+    model = step.model_in(args.engine)
+    names = ('prompts', 'width', 'workload', 'lengths', 'data', 'temperature', 'repeats')
+    given = [(f'--{name}', str(getattr(args, name))) for name in names if getattr(args, name) is not None]
+    # A config or a file that can't be used is known before an engine starts.
+    _workload(args)
+    rollouts, rows = step.run_rollouts([part for pair in given for part in pair], args.engine)
+    training = _policy_pass(args, model, rows, args.micro_batch or args.width, ('padded', 'shared'))
+    if missing := {'padded', 'shared'} - set(training['modes']):
+        raise ValueError(f'Not enough memory for the {" and ".join(missing)} pass: give a smaller --micro-batch.')
+    found = step.whole_step(rollouts, training)
     _write(args.json, found)
     _draw(args.picture, found)
+    print(
+        f'\n{found["hardware"]}, {training["dtype"]}, {model}, {args.prompts} prompts x {args.width}, '
+        f'{args.workload} ends, medians of {args.repeats} interleaved runs\n{training["row_tokens"]:,} row tokens, '
+        f'{training["trie_tokens"]:,} in tries; the largest gap between log-probs is '
+        f'{training["modes"]["shared"]["gap"]:.1e}'
+    )
+    print(table(step.step_rows(found)))
     return 0
 
 
@@ -206,16 +243,18 @@ def _engine(args: argparse.Namespace) -> int:
         raise ValueError(f'--modes {args.modes}: unknown {", ".join(unknown)}; allowed are {", ".join(real.MODES)}.')
     if ('example' in modes) != (args.example is not None):
         raise ValueError('--example FILE belongs to --modes ...,example, and it to --example.')
+    if args.keep_rows and not {'stream', 'lockstep'} & set(modes):
+        raise ValueError('--keep-rows keeps trees: --modes must have stream or lockstep.')
     workload = _workload(args)
     bench = real.Bench(real.open_engine(args.engine), workload, temperature=args.temperature, example=args.example)
-    found = real.measure(bench, modes, args.repeats)
+    found = real.measure(bench, modes, args.repeats, keep_rows=args.keep_rows)
+    _write(args.json, found)
+    _draw(args.picture, found)
     print(
         f'\n{found["hardware"]}, {args.prompts} prompts x {args.width}, at most {workload.max_tokens} tokens, '
         f'{args.workload} ends, medians of {args.repeats} interleaved runs'
     )
     print(table([_row(mode, summary) for mode, summary in found['modes'].items()]))
-    _write(args.json, found)
-    _draw(args.picture, found)
     return 0
 
 

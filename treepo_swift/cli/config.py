@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 from treepo_swift.config import KV_BLOCK, ConfigError, TreeConfig, reference, schema
 from treepo_swift.trainer.growth import describe_growth
@@ -29,11 +28,7 @@ def run(args: argparse.Namespace) -> int:
     if args.schema:
         print(json.dumps(schema(), indent=2))
         return 0
-    try:
-        print(_resolved(args), end='')
-    except ConfigError as e:
-        print(f'treepo-swift: {e}', file=sys.stderr)
-        return 1
+    print(_resolved(args), end='')
     return 0
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from treepo_swift.lab.doctor.finding import Finding
+from treepo_swift.config import TreeConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from treepo_swift.lab.doctor import machine, packages
-    from treepo_swift.lab.doctor.command import check_command
+    from treepo_swift.lab.doctor.command import check_command, longest_path
     from treepo_swift.lab.doctor.finding import run_checks
 
     command = [part for index, part in enumerate(args.started) if index or part != '--']
@@ -33,7 +31,11 @@ def run(args: argparse.Namespace) -> int:
         ('shared memory', machine.shared_memory),
         ('disk', lambda: machine.disk(Path())),
     ]
-    checks.append(('command', lambda: check_command(command)) if command else ('tree config', _config))
+    checks.append(
+        ('command', lambda: check_command(command))
+        if command
+        else ('tree config', lambda: longest_path(TreeConfig.load()))
+    )
     findings = []
     for finding in run_checks(checks):
         findings.append(finding)
@@ -42,13 +44,3 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([finding.to_dict() for finding in findings], indent=2))
     return 1 if any(finding.status == 'FAIL' for finding in findings) else 0
-
-
-def _config() -> Finding:
-    from treepo_swift.config import ConfigError, TreeConfig
-    from treepo_swift.lab.doctor.finding import fail, ok
-
-    try:
-        return ok('tree config', f'{TreeConfig.load().max_response_tokens} tokens at most on a path')
-    except ConfigError as e:
-        return fail('tree config', str(e), 'mend it there; `treepo-swift config --reference` lists the keys')

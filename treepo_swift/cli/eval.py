@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from .sample import add_sampling_arguments, check_numbers, tree_config
+from .sample import SOURCES, add_sampling_arguments, check_numbers, source_of, tree_config
 
 EPILOG = r"""Everything after -- goes to the engine, as `swift rollout` takes it:
   treepo-swift eval Qwen/Qwen2.5-1.5B-Instruct --data heldout.jsonl --width 4 8 16 -- --vllm_max_model_len 8192
-A line of the data is a JSON object with "messages", "prompt" or "query", and with a "solution" that the last \boxed{}
-of an answer is compared with; --reward judges otherwise. Each setting has a file of its own in --output, so a run
-that was killed goes on where it stopped when the same command is given again. docs/sampling.md says what is counted."""
+  treepo-swift eval Qwen/Qwen2.5-1.5B-Instruct --data reasoning-gym:leg_counting#100
+A line of a file is a JSON object with "messages", "prompt" or "query", and with a "solution" that the last \boxed{}
+of an answer is compared with; --reward judges otherwise, and reasoning-gym by its own scorers. Each setting has a file
+of its own in --output, so a run that was killed goes on where it stopped when the same command is given again.
+docs/sampling.md says what is counted."""
 
 TAKES_ENGINE_OPTIONS = True
 
@@ -20,7 +21,7 @@ TAKES_ENGINE_OPTIONS = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EPILOG
     parser.add_argument('model', metavar='MODEL', help='as --model of `swift rollout` takes it')
-    parser.add_argument('--data', type=Path, required=True, metavar='FILE', help='JSON lines')
+    parser.add_argument('--data', required=True, metavar='SOURCE', help=SOURCES)
     parser.add_argument(
         '--output', type=Path, default=Path('output/eval'), metavar='DIR', help='(default: output/eval)'
     )
@@ -35,14 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        return _evaluate(args)
-    except (OSError, ValueError) as e:
-        print(f'treepo-swift eval: {e}', file=sys.stderr)
-        return 1
-
-
-def _evaluate(args: argparse.Namespace) -> int:
     from treepo_swift.lab.bench.picture import can_draw
     from treepo_swift.lab.bench.result import hardware
     from treepo_swift.lab.bench.table import table
@@ -50,13 +43,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     from treepo_swift.lab.sampling.files import TreesFile
     from treepo_swift.lab.sampling.judging import load_judge
     from treepo_swift.lab.sampling.plot import plot
-    from treepo_swift.lab.sampling.prompts import read_prompts
 
     check_numbers(args, **{'--width': min(args.width), '--divergence': min(args.divergence, default=1)})
     if unknown := [pacing for pacing in args.pacing if pacing not in evaluation.PACINGS]:
         raise ValueError(f'--pacing {" ".join(unknown)}: allowed are {" and ".join(evaluation.PACINGS)}.')
-    rows = read_prompts(args.data, args.limit)
-    judge = load_judge(args.reward, args.external_plugins, rows)
+    rows, judge = source_of(args, args.data).load(args.limit, args.reward)
+    judge = judge or load_judge(args.reward, rows)
     settings = evaluation.settings_of(args.divergence, args.pacing, args.width)
     # A wrong config is known before a model loads.
     tree_config(args, max(args.width), 1)
@@ -80,7 +72,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     head = {
         'hardware': hardware(),
         'model': args.model,
-        'data': str(args.data),
+        'data': args.data,
         'prompts': len(rows),
         'batch': args.batch,
         'max_tokens': max_tokens,

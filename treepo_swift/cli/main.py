@@ -33,7 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(given)
     if engine is not None:
         args.engine = engine
-    return COMMANDS[args.command].run(args)
+    try:
+        return COMMANDS[args.command].run(args)
+    except (OSError, ValueError) as e:
+        # What was asked for can't be done, and the message says why: a traceback would hide it.
+        print(f'treepo-swift {args.command}: {e}', file=sys.stderr)
+        return 1
 
 
 def _cut(argv: list[str]) -> tuple[list[str], list[str] | None]:

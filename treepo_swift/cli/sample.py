@@ -1,19 +1,24 @@
-"""Grow trees for the prompts of a file, offline on vLLM, and keep them for `treepo-swift view`."""
+"""Grow trees for prompts of a file, a dataset or reasoning-gym, offline on vLLM, for `treepo-swift view`."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from treepo_swift.config import TreeConfig
 
+if TYPE_CHECKING:
+    from treepo_swift.lab.sampling.sources import Source
+
 EPILOG = r"""Everything after -- goes to the engine, as `swift rollout` takes it:
   treepo-swift sample Qwen/Qwen2.5-1.5B-Instruct --prompts prompts.jsonl --width 16 -- --vllm_max_model_len 8192
-A line of the prompts is a JSON object with "messages", "prompt" or "query". With a "solution", or with --reward,
-answers are judged. The tree's shape comes from TREEPO_CONFIG and TREEPO_* variables, as everywhere. A run that was
-killed goes on where it stopped when the same command is given again."""
+A line of a file is a JSON object with "messages", "prompt" or "query". With a "solution", or with --reward, answers
+are judged; those to reasoning-gym's puzzles by its own scorers. The tree's shape comes from TREEPO_CONFIG and TREEPO_*
+variables, as everywhere. A run that was killed goes on where it stopped when the same command is given again."""
 
+SOURCES = 'a file of JSON lines, a dataset id or folder as swift takes it (ID:SUBSET#N), or reasoning-gym:TASK#N'
 TAKES_ENGINE_OPTIONS = True
 """What comes after -- is `args.engine`."""
 
@@ -21,7 +26,7 @@ TAKES_ENGINE_OPTIONS = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EPILOG
     parser.add_argument('model', metavar='MODEL', help='as --model of `swift rollout` takes it')
-    parser.add_argument('--prompts', type=Path, required=True, metavar='FILE', help='JSON lines')
+    parser.add_argument('--prompts', required=True, metavar='SOURCE', help=SOURCES)
     parser.add_argument(
         '--output', type=Path, metavar='FILE', help='trees as JSON lines (default: PROMPTS.trees.jsonl)'
     )
@@ -32,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """What `sample` and `eval` have in common."""
     parser.add_argument('--limit', type=int, metavar='N', help='only the first N prompts')
+    parser.add_argument(
+        '--use_hf', type=_truth, metavar='true|false', help='datasets: from Hugging Face, not ModelScope (as in swift)'
+    )
+    parser.add_argument(
+        '--columns', type=_names, metavar='JSON', help='datasets: other names for columns (as in swift)'
+    )
+    parser.add_argument('--data_seed', type=int, help='datasets: draw the N of #N; reasoning-gym: other puzzles')
     parser.add_argument('--max-tokens', type=int, metavar='N', help='most tokens of an answer (default: D x S)')
     parser.add_argument('--temperature', type=float, default=1.0)
     parser.add_argument('--seed', type=int, help='sample reproducibly (default: every run is another one)')
@@ -40,8 +52,31 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         '--reward', metavar='NAME', help="a reward function of swift (default: \\boxed{} is 'solution')"
     )
     parser.add_argument(
-        '--external_plugins', type=Path, nargs='+', default=[], metavar='FILE', help='that register reward functions'
+        '--external_plugins', type=Path, nargs='+', default=[], metavar='FILE', help='that register rewards or datasets'
     )
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ('true', 'false'):
+        raise argparse.ArgumentTypeError(f'{text}: must be true or false')
+    return text.lower() == 'true'
+
+
+def _names(text: str) -> dict[str, str]:
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise argparse.ArgumentTypeError(f'{text}: must be JSON as in {{"answer": "solution"}}')
+    return names
+
+
+def source_of(args: argparse.Namespace, name: str) -> Source:
+    """What --prompts or --data says, with the options that belong to it."""
+    from treepo_swift.lab.sampling.sources import Source
+
+    return Source(name, args.use_hf, args.columns, args.data_seed, args.external_plugins)
 
 
 def check_numbers(args: argparse.Namespace, **more: int) -> None:
@@ -65,26 +100,15 @@ def tree_config(args: argparse.Namespace, width: int, block_size: int) -> tuple[
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        return _sample(args)
-    except (OSError, ValueError) as e:
-        print(f'treepo-swift sample: {e}', file=sys.stderr)
-        return 1
-
-
-def _sample(args: argparse.Namespace) -> int:
     from treepo_swift.lab.sampling import growing
     from treepo_swift.lab.sampling.files import TreesFile
-    from treepo_swift.lab.sampling.judging import load_judge
-    from treepo_swift.lab.sampling.prompts import read_prompts
 
     check_numbers(args, **{'--width': args.width})
-    rows = read_prompts(args.prompts, args.limit)
-    judged = args.reward is not None or any('solution' in row.columns for row in rows)
-    judge = load_judge(args.reward, args.external_plugins, rows) if judged else None
+    source = source_of(args, args.prompts)
+    rows, judge = source.load(args.limit, args.reward)
     # A wrong config is known before a model loads.
     tree_config(args, args.width, 1)
-    output = args.output or args.prompts.with_name(f'{args.prompts.stem}.trees.jsonl')
+    output = args.output or source.trees_path
     sampler = growing.open_sampler(args.model, args.engine)
     try:
         config, max_tokens = tree_config(args, args.width, sampler.block_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import webbrowser
 from pathlib import Path
 
@@ -26,15 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        records = _chosen(load(args.path), args)
-        if args.terminal:
-            print_trees(records if args.last or args.tree else records[-1:])
-        else:
-            _write(records, args)
-    except (TreesError, OSError) as e:
-        print(f'treepo-swift: {e}', file=sys.stderr)
-        return 1
+    records = _chosen(load(args.path), args)
+    if args.terminal:
+        print_trees(records if args.last or args.tree else records[-1:])
+    else:
+        _write(records, args)
     return 0
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -38,6 +40,7 @@ class Bench:
         self._workload = workload
         self._temperature = temperature
         self._requests_sent, self._example_tokens = 0, 0
+        self._responses: list[list[int]] = []
         if workload.kind != 'natural':
             ignore_eos(engine)
         self._segments = VllmSegmentEngine(engine)
@@ -84,6 +87,12 @@ class Bench:
         prompts = [await self._segments.encode(request) for request in self._requests(1)]
         return sum(len(prompt.token_ids) for prompt in prompts) / len(prompts)
 
+    async def grown_rows(self) -> list[tuple[int, list[int]]]:
+        """Of the last rollout of trees: how many tokens the prompt has, and the token ids of prompt and answer."""
+        prompts = [await self._segments.encode(request) for request in self._requests(1)]
+        ids = [prompt.token_ids for prompt in prompts for _ in range(self._workload.width)]
+        return [(len(p), [*p, *response]) for p, response in zip(ids, self._responses, strict=True)]
+
     def _requests(self, copies: int) -> list[RolloutInferRequest]:
         from swift.infer_engine.protocol import RolloutInferRequest
 
@@ -125,6 +134,7 @@ class Bench:
             outputs: Any = await self._trees.rollout(
                 requests, self._request_config(self._workload.max_tokens), use_tqdm=False
             )
+        self._responses = [[token for turn in output.response_token_ids for token in turn] for output in outputs]
         reports = [output.rollout_infos[REPORT_KEY] for output in outputs]
         stats = [report['stats'] for report in reports if 'stats' in report]
         return seen.run(
@@ -246,8 +256,9 @@ def open_engine(rollout_args: Sequence[str]) -> GRPOVllmEngine:
     return SwiftRolloutDeploy.get_infer_engine(args, template=args.get_template())
 
 
-def measure(bench: Bench, modes: Sequence[str], repeats: int) -> dict[str, Any]:
-    """`repeats` runs of every mode, interleaved, after a warm-up of each that does not count; see `result`."""
+def measure(bench: Bench, modes: Sequence[str], repeats: int, *, keep_rows: str | Path | None = None) -> dict[str, Any]:
+    """`repeats` runs of every mode, interleaved, after a warm-up of each that does not count; see `result`. What trees
+    of the last run hold goes to the file `keep_rows`, for ``--train --rows``."""
 
     async def all_runs() -> dict[str, Any]:
         runs: dict[str, list[Run]] = {mode: [] for mode in modes}
@@ -259,6 +270,8 @@ def measure(bench: Bench, modes: Sequence[str], repeats: int) -> dict[str, Any]:
                     bar.set_postfix_str(mode)
                     runs[mode].append(await bench.run(mode))
                     bar.update()
+        if keep_rows:
+            Path(keep_rows).write_text(json.dumps(await bench.grown_rows()))
         return result({**bench.settings, 'prompt_tokens': await bench.prompt_tokens()}, runs)
 
     return asyncio.run(all_runs())

@@ -32,6 +32,7 @@ from treepo_swift.core.tree import StopReason, response_ids
 from treepo_swift.lab.lengths import LengthDistribution
 from treepo_swift.trainer.shared_prefix.attention import can_use_varlen
 from treepo_swift.trainer.shared_prefix.logprobs import trie_logprobs
+from treepo_swift.trainer.shared_prefix.reasons import why_not_model
 from treepo_swift.trainer.shared_prefix.trie import Trie, build_trie, lay_out_rows
 
 from .result import hardware
@@ -103,11 +104,11 @@ def grow_rows(
 
 
 class TrainBench:
-    """A model with random weights and the rows of one micro-batch."""
+    """A model and the rows of one micro-batch."""
 
     def __init__(
         self,
-        size: str,
+        model: str,
         rows: Sequence[TrainedRow],
         *,
         device: str,
@@ -116,28 +117,17 @@ class TrainBench:
         checkpointing: bool,
         ways: Sequence[str] = (),
     ) -> None:
-        """`padded_micro_batch` rows at once where logits of whole rows are made, as swift does; 0: as the others."""
-        from transformers import Qwen2Config, Qwen2ForCausalLM
-
+        """`model` is one of `SIZES`, with random weights, or a model id or folder, as --model of swift takes it.
+        `padded_micro_batch` rows at once where logits of whole rows are made, as swift does; 0: as the others."""
         self.rows, self.device, self.micro_batch = list(rows), torch.device(device), micro_batch or len(rows)
         self.padded_micro_batch = padded_micro_batch or self.micro_batch
         flash = self.device.type == 'cuda' and find_spec('flash_attn') is not None
         self.dtype = torch.bfloat16 if self.device.type == 'cuda' else torch.float32
-        torch.manual_seed(0)
-        config = Qwen2Config(
-            **SIZES[size],
-            max_position_embeddings=32768,
-            initializer_range=0.05,
-            attn_implementation='flash_attention_2' if flash else 'sdpa',
-        )
-        vocabulary = max(token for row in rows for token in row.ids) + 1
-        if vocabulary > config.vocab_size:
-            raise ValueError(
-                f'The rows have token ids up to {vocabulary - 1}, --size {size} {config.vocab_size} tokens.'
-            )
-        # Made where it is used: 7 billion weights are drawn slowly by a CPU.
-        with self.device, _default_dtype(self.dtype):
-            self.model = Qwen2ForCausalLM(config).train()
+        attention = 'flash_attention_2' if flash else 'sdpa'
+        self.model = self._random(model, attention) if model in SIZES else self._trained(model, attention)
+        vocabulary, has = max(token for row in rows for token in row.ids) + 1, self.model.config.vocab_size
+        if vocabulary > has:
+            raise ValueError(f'The rows have token ids up to {vocabulary - 1}, {model} {has} tokens.')
         if checkpointing:
             self.model.gradient_checkpointing_enable({'use_reentrant': False})
         known: dict[str, Callable[[list[TrainedRow]], torch.Tensor]] = {
@@ -151,6 +141,27 @@ class TrainBench:
         if unknown := [way for way in ways if way not in known]:
             raise ValueError(f'--ways: {", ".join(unknown)} can not be run here; allowed are {", ".join(known)}.')
         self.ways = {way: known[way] for way in ways or known}
+
+    def _random(self, size: str, attention: str) -> Any:
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+
+        torch.manual_seed(0)
+        config = Qwen2Config(
+            **SIZES[size], max_position_embeddings=32768, initializer_range=0.05, attn_implementation=attention
+        )
+        # Made where it is used: 7 billion weights are drawn slowly by a CPU.
+        with self.device, _default_dtype(self.dtype):
+            return Qwen2ForCausalLM(config).train()
+
+    def _trained(self, name: str, attention: str) -> Any:
+        from swift.utils import safe_snapshot_download
+        from transformers import AutoModelForCausalLM
+
+        folder = safe_snapshot_download(name)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype, attn_implementation=attention)
+        if reason := why_not_model(model):
+            raise ValueError(f'{name}: a training computes its rows one by one, without trees: {reason}.')
+        return model.to(self.device).train()
 
     def _padded(self, rows: list[TrainedRow]) -> torch.Tensor:
         longest = max(len(row.ids) for row in rows)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from treepo_swift.config import KV_BLOCK, ConfigError, TreeConfig
+from treepo_swift.config import KV_BLOCK, TreeConfig
 
 from . import machine
 from .finding import Finding, fail, ok, warn
@@ -100,20 +100,16 @@ def _training(args: Any) -> Iterator[Finding]:
 
 
 def _tree(args: Any) -> Iterator[Finding]:
-    try:
-        config = TreeConfig.load()
-        limits = {
-            '--max_completion_length': getattr(args, 'max_completion_length', None),
-            '--vllm_max_model_len': args.vllm_max_model_len,
-            f'the context of {args.model}': _context(args.model),
-        }
-        if config != TreeConfig():
-            for name, limit in limits.items():
-                if limit is not None:
-                    config.check_fits(limit, name)
-    except ConfigError as e:
-        yield fail('tree config', str(e), 'mend it there; `treepo-swift config --reference` lists the keys')
-        return
+    config = TreeConfig.load()
+    limits = {
+        '--max_completion_length': getattr(args, 'max_completion_length', None),
+        '--vllm_max_model_len': args.vllm_max_model_len,
+        f'the context of {args.model}': _context(args.model),
+    }
+    if config != TreeConfig():
+        for name, limit in limits.items():
+            if limit is not None:
+                config.check_fits(limit, name)
     block = _block_size(args)
     if config.is_given('segment_length') and config.segment_length % block:
         yield warn(
@@ -123,7 +119,11 @@ def _tree(args: Any) -> Iterator[Finding]:
             f'segment_length: {max(round(config.segment_length / block), 1) * block}',
         )
     else:
-        yield ok('tree config', f'{config.max_response_tokens} tokens at most on a path')
+        yield longest_path(config)
+
+
+def longest_path(config: TreeConfig) -> Finding:
+    return ok('tree config', f'{config.max_response_tokens} tokens at most on a path')
 
 
 def _context(model: str | None) -> int | None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from treepo_swift.config import ConfigError
+
 Status = Literal['ok', 'warn', 'FAIL']
 
 
@@ -48,5 +50,7 @@ def run_checks(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
         try:
             found = check()
             yield from [found] if isinstance(found, Finding) else found
+        except ConfigError as e:
+            yield fail('tree config', str(e), 'mend it there; `treepo-swift config --reference` lists the keys')
         except Exception as e:
             yield fail(name, f'{type(e).__name__}: {e}', 'see the message; where it helps nothing, please report it')

@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from .prompts import PromptRow
@@ -43,25 +42,20 @@ def by_solution(row: PromptRow, answers: list[str]) -> list[float]:
     return [float(boxed(answer) == wanted) for answer in answers]
 
 
-def load_judge(name: str | None, plugins: Sequence[Path], rows: Sequence[PromptRow]) -> Judge:
-    """The reward function `name` of swift, of which plugin files may register more; None: `by_solution`.
+def load_judge(name: str | None, rows: Sequence[PromptRow]) -> Judge:
+    """The reward function `name` of swift, of which plugins may have registered more; None: `by_solution`.
 
     Raises:
-        ValueError: nobody registered that name, or without a name a line has no `solution`.
+        ValueError: nobody registered that name, or without a name a row has no `solution`.
     """
     from swift.rewards import orms
-    from swift.utils import import_external_file
 
-    for file in plugins:
-        if not file.is_file():
-            raise ValueError(f'--external_plugins {file}: there is no such file.')
-        import_external_file(str(file))
     if name is None:
         for row in rows:
             if row.columns.get('solution') is None:
                 raise ValueError(
-                    f'line {row.line} of the prompts has no "solution", with which answers are compared. Give it one '
-                    'on every line, or name a reward function of swift by --reward.'
+                    f'{row.place} of the prompts has no "solution", with which answers are compared. Give it one '
+                    'everywhere, or name a reward function of swift by --reward.'
                 )
         return by_solution
     if name not in orms:
@@ -82,13 +76,13 @@ def _judge_of(name: str, function: Callable[..., Any]) -> Judge:
                 rewards = asyncio.run(_awaited(rewards))
         except Exception as e:
             raise ValueError(
-                f'Reward function {name!r} raised {type(e).__name__}: {e} for the answers to line {row.line}, whose '
+                f'Reward function {name!r} raised {type(e).__name__}: {e} for the answers to {row.place}, whose '
                 f'keys are {", ".join(row.columns) or "none"}.'
             ) from e
         fine = isinstance(rewards, (list, tuple)) and len(rewards) == len(answers)
         if not fine or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in rewards):
             raise ValueError(
-                f'Reward function {name!r} returned {rewards!r} for the {len(answers)} answers to line {row.line}: '
+                f'Reward function {name!r} returned {rewards!r} for the {len(answers)} answers to {row.place}: '
                 'allowed is a list of one finite number each.'
             )
         return [float(value) for value in rewards]

@@ -1,14 +1,17 @@
-"""Prompts of a JSON lines file, each with a name that a resumed run knows it by."""
+"""Prompts, each with a name that a resumed run knows it by; those of a JSON lines file are read here."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+QUESTIONS = ('messages', 'prompt', 'query')
 NOT_TAKEN = ('images', 'videos', 'audios', 'tools')
 """What a dataset of swift may have and these commands do not pass on."""
 ALLOWED = 'a JSON object with "messages" (a list of {"role", "content"}), or with "prompt" or "query" (a text)'
@@ -16,15 +19,16 @@ ALLOWED = 'a JSON object with "messages" (a list of {"role", "content"}), or wit
 
 @dataclass(frozen=True, slots=True)
 class PromptRow:
-    """One line of the file."""
+    """One prompt."""
 
-    line: int
+    place: str
+    """Where it stands, for messages: `line 3`."""
     key: str
-    """Hash of the whole line's content, and which of its equals it is: another line order changes nothing."""
+    """Hash of its messages and solution, and which of its equals it is: another order changes nothing."""
     messages: list[dict[str, Any]]
     """Up to the question: answers at the end of a training dataset are left out."""
     columns: dict[str, Any]
-    """What else the line says, for reward functions."""
+    """What else the row says, for reward functions."""
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[PromptRow]:
@@ -34,27 +38,33 @@ def read_prompts(path: Path, limit: int | None = None) -> list[PromptRow]:
         ValueError: a line is no prompt, or there is none at all; it names the line and what is allowed.
         OSError: the file can not be read.
     """
-    rows: list[PromptRow] = []
+    lines = enumerate(path.read_text(encoding='utf-8').split('\n'), 1)
+    values = ((f'line {at}', _object(line, f'{path}, line {at}')) for at, line in lines if line.strip())
+    if rows := prompt_rows(str(path), values, limit):
+        return rows
+    raise ValueError(f'{path} has no prompts. Each line must be {ALLOWED}.')
+
+
+def prompt_rows(source: str, values: Iterable[tuple[str, dict[str, Any]]], limit: int | None) -> list[PromptRow]:
+    """The first `limit` of (place, what stands there).
+
+    Raises:
+        ValueError: something is no prompt; it names `source`, the place and what is allowed.
+    """
+    return list(islice(_rows(source, values), limit))
+
+
+def _rows(source: str, values: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[PromptRow]:
     seen: Counter[str] = Counter()
-    for number, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):
-        if limit is not None and len(rows) >= limit:
-            break
-        if not line.strip():
-            continue
-        values = _object(line, f'{path}, line {number}')
-        messages = _messages(values, f'{path}, line {number}')
-        if other := [name for name in NOT_TAKEN if values.get(name)]:
-            raise ValueError(
-                f'{path}, line {number} has {" and ".join(map(repr, other))}: only texts are sampled here.'
-            )
-        content = json.dumps([messages, values.get('solution')], sort_keys=True)
+    for at, row in values:
+        messages = _messages(row, f'{source}, {at}')
+        if other := [name for name in NOT_TAKEN if row.get(name)]:
+            raise ValueError(f'{source}, {at} has {" and ".join(map(repr, other))}: only texts are sampled here.')
+        content = json.dumps([messages, row.get('solution')], sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()[:16]
-        columns = {name: value for name, value in values.items() if name not in ('messages', 'prompt', 'query')}
-        rows.append(PromptRow(number, f'{digest}-{seen[digest]}', messages, columns))
+        columns = {name: value for name, value in row.items() if name not in QUESTIONS}
+        yield PromptRow(at, f'{digest}-{seen[digest]}', messages, columns)
         seen[digest] += 1
-    if not rows:
-        raise ValueError(f'{path} has no prompts. Each line must be {ALLOWED}.')
-    return rows
 
 
 def _object(line: str, place: str) -> dict[str, Any]:
@@ -68,7 +78,7 @@ def _object(line: str, place: str) -> dict[str, Any]:
 
 
 def _messages(values: dict[str, Any], place: str) -> list[dict[str, Any]]:
-    given = [name for name in ('messages', 'prompt', 'query') if name in values]
+    given = [name for name in QUESTIONS if name in values]
     if len(given) != 1:
         found = f'it has {" and ".join(map(repr, given))}' if given else f'its keys are {", ".join(values) or "none"}'
         raise ValueError(f'{place}: {found}. It must be {ALLOWED}, one of them.')
