@@ -161,7 +161,7 @@ def train(stack: ExitStack, run: Run, base: dict[str, str], faults: Path | None)
 def scripted(folder: Path, name: str, faults: Path | None) -> Path:
     """A script of the quickstart that loads `soak_faults` too, with a KV cache that leaves room for several servers."""
     text = (QUICKSTART / name).read_text()
-    plugin = '"$here/../../plugin/treepo_plugin.py"'
+    plugin = '"$(treepo-swift plugin)"'
     engine = '{"block_size": 32}'
     assert plugin in text and engine in text
     text = text.replace(engine, '{"block_size": 32, "num_gpu_blocks_override": 512}')

@@ -16,7 +16,7 @@ STEPS = 20
 
 
 def test_a_training_whose_hooks_raise_goes_on_and_learns_nothing_from_what_failed(serve_briefly, train, tmp_path):
-    plugin = '"$here/../../plugin/treepo_plugin.py"'
+    plugin = '"$(treepo-swift plugin)"'
     text = (QUICKSTART / 'rollout.sh').read_text()
     assert plugin in text
     script = tmp_path / 'rollout.sh'

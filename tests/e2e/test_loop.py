@@ -196,7 +196,9 @@ def test_mistakes_of_the_trainer_stop_the_run_and_say_why(serve, train, tmp_path
 
     bare = tmp_path / 'cpu_only.py'
     bare.write_text('from treepo_swift.compat import cpu\ncpu.apply()\n')
-    script.write_text(text.replace(f'"{QUICKSTART}/../../plugin/treepo_plugin.py"', f'"{bare}"'))
+    plugin = '"$(treepo-swift plugin)"'
+    assert plugin in text
+    script.write_text(text.replace(plugin, f'"{bare}"'))
     result = train(port, script=script, steps=1)
     said = result.stdout + result.stderr
     assert result.returncode != 0, said[-2000:]

@@ -19,7 +19,7 @@ DEATHS = [('worker', 0), ('engine', 1), ('server', 3)]
 
 def test_servers_that_die_are_left_out_until_none_is_left(environment, train, tmp_path):
     script = tmp_path / 'rollout.sh'
-    plugin = '"$here/../../plugin/treepo_plugin.py"'
+    plugin = '"$(treepo-swift plugin)"'
     text = (QUICKSTART / 'rollout.sh').read_text()
     engine = '{"block_size": 32}'
     assert plugin in text and engine in text
