@@ -1,4 +1,4 @@
-"""A real training on real rollout servers with a fault every minute, beside the same training without any.
+"""A real training on real rollout servers with fault after fault, beside the same training without any.
 
     python -m tests.soak_training --model output/quickstart/base --data output/quickstart/data/train.jsonl
 
@@ -91,7 +91,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--model', type=Path, required=True)
     parser.add_argument('--data', type=Path, required=True)
-    parser.add_argument('--minutes', type=int, default=30)
+    parser.add_argument('--minutes', type=float, default=30)
+    parser.add_argument('--every', type=float, default=60, help='seconds from one fault to the next')
     parser.add_argument('--output', type=Path, default=ROOT / 'output' / 'soak')
     args = parser.parse_args()
     ended: list[int] = []
@@ -112,7 +113,7 @@ def soak(args: argparse.Namespace) -> int:
         began = time.monotonic()
         for run in (soaked, quiet):
             train(stack, run, base, faults if run is soaked else None)
-        done = drive(args.minutes, soaked, quiet, faults, began)
+        done = drive(args.minutes, args.every, soaked, quiet, faults, began)
         status = soaked.training.process.poll()
     happened = count(faults)
     text = report(soaked, quiet, done, happened, status)
@@ -181,29 +182,29 @@ def scheduler(faults: Path | None) -> dict[str, str]:
 # Faults come and go.
 
 
-def drive(minutes: int, soaked: Run, quiet: Run, faults: Path, began: float) -> list[Fault]:
+def drive(minutes: float, every: float, soaked: Run, quiet: Run, faults: Path, began: float) -> list[Fault]:
     """Fault after fault until the time is over, or the training with faults has ended."""
     wait_until(lambda: len(soaked.seen) >= 3 and len(quiet.seen) >= 3, [soaked, quiet], began, limit=600)
     first, end = time.monotonic(), time.monotonic() + 60 * minutes
-    kinds = planned(minutes)
+    kinds = planned(round(60 * minutes / every))
     done: list[Fault] = []
     while time.monotonic() < end and soaked.training.process.poll() is None:
-        minute = int((time.monotonic() - first) // 60)
-        if minute < len(kinds) and len(done) <= minute:
-            done.append(one(kinds[minute], soaked, faults, began))
+        number = int((time.monotonic() - first) // every)
+        if len(done) <= number < len(kinds):
+            done.append(one(kinds[len(done)], soaked, faults, began))
             steps = len(soaked.seen)
-            print(f'minute {minute:2}: {done[-1].kind}; {steps} steps, {len(quiet.seen)} without faults', flush=True)
+            print(f'fault {len(done):2}: {done[-1].kind}; {steps} steps, {len(quiet.seen)} without faults', flush=True)
         look(1.0, [soaked, quiet], began)
     return done
 
 
-def planned(minutes: int) -> list[str]:
-    """One kind for each minute, each as often as another, in an order of their own."""
+def planned(count: int) -> list[str]:
+    """A kind for each time, each as often as another, in an order of their own."""
     several = [*CALLS, *OUTSIDE]
-    kinds = [several[i % len(several)] for i in range(minutes)]
+    kinds = [several[i % len(several)] for i in range(count)]
     random.Random(0).shuffle(kinds)
     for share, kind in zip((1 / 3, 2 / 3, 1), ONCE, strict=True):
-        kinds[min(round(share * minutes), minutes - 1)] = kind
+        kinds[min(round(share * count), count - 1)] = kind
     return kinds
 
 

@@ -491,6 +491,31 @@ def test_probes_are_answered_with_engine_and_scores():
     assert output.rollout_infos['treepo']['engine']['max_model_len'] == 4096
 
 
+def test_a_probe_is_asked_of_the_engine_again_as_segments_are(monkeypatch):
+    """One engine error in the proof of a weight sync must not end a training."""
+    monkeypatch.setenv('TREEPO_FAULTS__STALL_TIMEOUT', '0.2')
+
+    class Flaky(FakeEngine):
+        async def score(self, token_ids):
+            self.asked = getattr(self, 'asked', 0) + 1
+            if self.asked == 1:
+                raise RuntimeError('CUDA error')
+            if self.asked == 2 or self.gone:
+                await asyncio.sleep(3600)  # lost
+            return await super().score(token_ids)
+
+        gone = False
+
+    note = RequestNote(mode='probe', token_ids=[5, 6, 7]).to_dict()
+    request = RolloutInferRequest(messages=[{'role': 'user', 'content': 'x'}], data_dict={'treepo': note})
+    target = scheduler(Flaky())
+    (output,) = rollout([request], target)
+    assert output.rollout_infos['treepo']['logprobs'] == [-6.0, -7.0] and target._engine.asked == 3
+    target._engine.gone = True
+    with pytest.raises(EngineError, match=r'could not score 3 tokens: TimeoutError \(after 3 attempts\)'):
+        rollout([request], target)
+
+
 def test_swifts_own_placeholder_request_is_served_quietly():
     (output,) = rollout([RolloutInferRequest(messages=[{'role': 'user', 'content': '<placeholder>'}])])
     assert 'tree' not in output.rollout_infos

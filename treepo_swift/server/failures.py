@@ -3,7 +3,7 @@
 1. A node has a deadline: a hook `faults.hook_timeout` from when it runs (`HookRunner`), the engine
    `faults.stall_timeout` without a word to anybody (`Silence`).
 2. What the engine could not give is asked for again, as a new request with a new id, at most `faults.max_retries` times
-   in a row (`FailurePolicy.segments`). Hooks are not asked again: they may have changed something.
+   in a row (`FailurePolicy.segments`, `score`). Hooks are not asked again: they may have changed something.
 3. What fails for good is a `NodeFailure`. It costs its tree that path, and the search grows another from a healthy
    sibling (`TreeSearch.fail`).
 4. What can't be grown at all becomes a masked placeholder, which is in no baseline (`TreeSearch.give_up`).
@@ -195,6 +195,30 @@ class FailurePolicy:
         example = self._examples[kind]
         told = '' if str(example) == kind else f', e.g. {example}'
         return f'{count} x {kind}{told}. What to do: {example.remedy}'
+
+
+async def score(engine: SegmentEngine, token_ids: list[int], faults: Faults) -> list[float]:
+    """`SegmentEngine.score` with the deadline and the retries of segments: that a weight sync can't be proven at once
+    is no reason to end a training.
+
+    Raises:
+        EngineError: it failed once more often than it may.
+        EngineGone: there is nobody to ask again.
+    """
+    errors = 0
+    while True:
+        try:
+            async with asyncio.timeout(faults.stall_timeout):
+                return await engine.score(token_ids)
+        except EngineGone:
+            raise
+        except Exception as e:
+            errors += 1
+            if errors > faults.max_retries:
+                said = f'{type(e).__name__}: {e}' if str(e) else type(e).__name__
+                raise EngineError(
+                    f'the engine could not score {len(token_ids)} tokens: {said} (after {errors} attempts)'
+                ) from e
 
 
 def check_segment(segment: Segment, most: int) -> None:

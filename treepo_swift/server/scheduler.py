@@ -26,7 +26,7 @@ from .concurrency import calm_garbage_collection
 from .config_checks import check_config
 from .engine import SegmentEngine, check_request_config
 from .environment import ForkingState
-from .failures import RolloutError, described
+from .failures import RolloutError, described, score
 from .grouping import SWIFT_PLACEHOLDER, read_requests
 from .grower import CpuClock
 from .hooks import HookRunner
@@ -200,7 +200,8 @@ class TreeRolloutScheduler(ForkingState, MultiTurnScheduler):
         engine = server.engine
         if note.config is not None:
             check_config(note.tree_config(self._default), engine.info, self.max_turns, self._warn_once)
-        return server.writer.probe(request, await engine.score(note.token_ids) if note.token_ids else None)
+        logprobs = await score(engine, note.token_ids, self._default.faults) if note.token_ids else None
+        return server.writer.probe(request, logprobs)
 
     def _warn(self, message: str) -> None:
         logger.warning(inert(f'treepo: {message}'))
