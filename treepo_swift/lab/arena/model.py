@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model, save_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from .settings import Pretraining
@@ -46,15 +47,15 @@ def make_model(settings: Pretraining) -> Qwen2ForCausalLM:
 def pretrained(task: Task, settings: Pretraining, cache: Path, *, say: Any = print) -> Qwen2ForCausalLM:
     """The model that was trained on the task's demonstrations: from `cache` where it is there, or made now."""
     known = json.dumps([VERSION, dataclasses.asdict(task), settings.model_dump()], sort_keys=True)
-    file = cache / f'{task.name}-{hashlib.blake2b(known.encode(), digest_size=6).hexdigest()}.pt'
+    file = cache / f'{task.name}-{hashlib.blake2b(known.encode(), digest_size=6).hexdigest()}.safetensors'
     model = make_model(settings)
     if file.exists():
-        model.load_state_dict(torch.load(file, weights_only=True))
+        load_model(model, file)
         return model
     pretrain(model, task, settings, say=say)
     file.parent.mkdir(parents=True, exist_ok=True)
     half = file.with_suffix(f'.{os.getpid()}')
-    torch.save(model.state_dict(), half)
+    save_model(model, str(half))
     half.replace(file)  # nobody reads half a file
     return model
 

@@ -5,8 +5,8 @@ summed over tokens. For a method's gradients g over resampled trees, with u = g*
 
     signal = E<g, u>^2        noise = E|g|^2 - signal
 
-so that what points elsewhere counts as noise, whether it is scatter or bias. The mean of k batches has k times the ratio
-of one, so ratios are given per 1,000 decoded tokens. The scale of a method's advantages cancels out.
+so that what points elsewhere counts as noise, whether it is scatter or bias. The mean of k batches has k times the
+ratio of one, so ratios are given per 1,000 decoded tokens. The scale of a method's advantages cancels out.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def signal_of(method: str, batches: Sequence[Batch], mean_square: float) -> Sign
 
 
 def measure(matrix: Matrix, count: int, cache: Path, *, threads: int, say: Callable[[str], Any]) -> list[Signal]:
-    """Every method's signal and noise over `count` batches; the true gradient is from as many of 64 answers a prompt."""
+    """Every method's signal and noise over `count` batches; as many of 64 answers a prompt give the true gradient."""
     if count < 2:
         raise ValueError(f'--snr {count}: one batch shows no noise.')
     torch.set_num_threads(threads)
