@@ -64,10 +64,10 @@ class Signal:
 
 
 def ratio_of(batches: Sequence[Batch]) -> float:
-    """Signal over noise per 1,000 decoded tokens."""
+    """Signal over noise per 1,000 decoded tokens; not a number for a method whose gradients are all 0."""
     signal = fmean(batch.along for batch in batches) ** 2
     noise = fmean(batch.square for batch in batches) - signal
-    return 1000 * signal / noise / fmean(batch.tokens for batch in batches)
+    return 1000 * signal / noise / fmean(batch.tokens for batch in batches) if noise else float('nan')
 
 
 def signal_of(method: str, batches: Sequence[Batch], mean_square: float) -> Signal:
@@ -98,6 +98,8 @@ def measure(matrix: Matrix, count: int, cache: Path, *, threads: int, say: Calla
     truth = TRUTH.config(task.max_answer, TRUTH_WIDTH)
     for number in range(count):
         total += _gradient(model, engine, task, truth, problems, TRUTH_WIDTH, 10_000 + number, 'dapo')[0]
+    if not total.norm():
+        raise ValueError('no prompt had answers of different rewards, so that there is no gradient to measure.')
     direction = total / total.norm()
     say(f'the true gradient: {count * len(problems) * TRUTH_WIDTH:,} answers')
     found = []
