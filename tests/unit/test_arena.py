@@ -166,6 +166,7 @@ def test_padding_and_unknown_ids_are_in_no_right_answer():
         ({'methods': {}}, 'methods'),
         ({'seeds': [1, 10]}, r'share \[10\]'),
         ({'seeds': [1, 1]}, 'seeds names a value twice'),
+        ({'methods': {'m': {'learning_rates': [1e-4, 1e-4]}}}, 'methods.m.learning_rates names a value twice'),
         ({'seeds': []}, 'seeds'),
         ({'learning_rates': [0.0]}, 'learning_rates'),
         ({'learning_rates': [float('inf')]}, 'learning_rates'),
@@ -243,7 +244,13 @@ def test_tuning_comes_first_and_each_method_is_reported_at_its_own_best_rate(tmp
     ]
     again = ResultsFile(file.path)
     assert again.runs == file.runs
-    run_matrix(matrix(), again, lambda cell: pytest.fail(f'{cell} is there'), say=print)
+    # A rate more for one method: only what that needs is run.
+    asked.clear()
+    wider = matrix(methods={'grpo': GRPO, 'treepo': {'learning_rates': [1e-4, 3e-4, 9e-4]}})
+    run_matrix(wider, again, train, say=lambda text: None)
+    assert asked == [Cell('treepo', 9e-4, 10, True)]
+    assert reported(wider, again.runs)['treepo'][1].cell.lr == 3e-4  # the lower of equals
+    run_matrix(matrix(), ResultsFile(file.path), lambda cell: pytest.fail(f'{cell} is there'), say=print)
 
 
 def test_a_run_that_was_stopped_goes_on_behind_the_half_line_that_it_left(tmp_path):

@@ -48,6 +48,14 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, ValueError) as e:
         print(f'treepo-swift arena: {e}', file=sys.stderr)
         return 1
+    except ImportError as e:
+        if e.name not in ('torch', 'transformers', 'safetensors'):
+            raise
+        print(
+            f'treepo-swift arena: {e}. An arena trains with torch and transformers; ms-swift brings both.',
+            file=sys.stderr,
+        )
+        return 1
 
 
 def _arena(args: argparse.Namespace) -> int:

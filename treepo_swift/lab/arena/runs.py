@@ -109,9 +109,9 @@ class ResultsFile:
 def best_rate(matrix: Matrix, method: str, runs: Sequence[Run]) -> float | None:
     """The rate of the highest mean accuracy over the tuning seeds, the lower of equals; None while runs are missing."""
     if not matrix.tuning_seeds:
-        return matrix.learning_rates[0]
+        return matrix.rates_of(method)[0]
     scores = {}
-    for lr in sorted(matrix.learning_rates):
+    for lr in sorted(matrix.rates_of(method)):
         there = {run.cell.seed: run.mean_accuracy for run in runs if run.cell == Cell(method, lr, run.cell.seed, True)}
         if not set(matrix.tuning_seeds) <= set(there):
             return None
@@ -125,8 +125,8 @@ def missing_cells(matrix: Matrix, runs: Sequence[Run]) -> Iterator[Cell]:
     Reads `runs` anew after each cell: once a method's tuning is there, its reported runs follow.
     """
     for seed in matrix.tuning_seeds:
-        for lr in matrix.learning_rates:
-            for method in matrix.methods:
+        for method in matrix.methods:
+            for lr in matrix.rates_of(method):
                 cell = Cell(method, lr, seed, True)
                 if all(run.cell != cell for run in runs):
                     yield cell

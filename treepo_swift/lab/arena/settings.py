@@ -24,6 +24,7 @@ SEGMENT, DEPTH = 8, 14
 """S and D of trees that say nothing else."""
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rates = Annotated[tuple[Rate, ...], Field(min_length=1)]
 
 
 class Pretraining(Section):
@@ -48,6 +49,8 @@ class Method(Section):
     """A `TreeConfig`: what differs from segments of 8 tokens, depth 14, and the package's defaults."""
     width: Positive | None = None
     """Answers a prompt where they are not the matrix's."""
+    learning_rates: Rates | None = None
+    """Where the matrix's do not span this method's best."""
 
     def config(self, max_answer: int, width: int) -> TreeConfig:
         """Raises `ConfigError` where the tree asks for what the arena has not."""
@@ -100,7 +103,7 @@ class Matrix(Section):
     task: Name
     methods: dict[Name, Method] = Field(min_length=1)
     """By name. The first is what others are compared with: let it be plain GRPO."""
-    learning_rates: Annotated[tuple[Rate, ...], Field(min_length=1)]
+    learning_rates: Rates
     seeds: Annotated[tuple[Annotated[int, Strict(), Field(ge=0)], ...], Field(min_length=1)]
     """Of the runs that are reported."""
     tuning_seeds: tuple[Annotated[int, Strict(), Field(ge=0)], ...] = ()
@@ -118,10 +121,11 @@ class Matrix(Section):
             raise ConfigError(f'task={self.task!r}: allowed are {", ".join(TASKS)}.')
         if both := sorted(set(self.seeds) & set(self.tuning_seeds)):
             raise ConfigError(f'seeds and tuning_seeds share {both}: what tunes a rate may not be reported.')
-        for name in ('seeds', 'tuning_seeds', 'learning_rates'):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
+        rates = {f'methods.{name}.learning_rates': self.rates_of(name) for name in self.methods}
+        for name, several in {'seeds': self.seeds, 'tuning_seeds': self.tuning_seeds, **rates}.items():
+            if len(set(several)) < len(several):
                 raise ConfigError(f'{name} names a value twice.')
-        if not self.tuning_seeds and len(self.learning_rates) > 1:
+        if not self.tuning_seeds and any(len(several) > 1 for several in rates.values()):
             raise ConfigError('Several learning_rates need tuning_seeds, on which each method chooses its own.')
         for name, method in self.methods.items():
             try:
@@ -149,6 +153,9 @@ class Matrix(Section):
 
     def width_of(self, method: Method) -> int:
         return method.width or self.training.width
+
+    def rates_of(self, name: str) -> tuple[float, ...]:
+        return self.methods[name].learning_rates or self.learning_rates
 
     def config_of(self, name: str) -> TreeConfig:
         method = self.methods[name]
