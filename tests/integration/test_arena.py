@@ -18,7 +18,7 @@ from treepo_swift.cli.main import main
 from treepo_swift.core.tree import StopReason, response_ids, response_logprobs
 from treepo_swift.lab.arena import rollout
 from treepo_swift.lab.arena.engine import Engine
-from treepo_swift.lab.arena.learn import advantages, make_engine, policy_loss, train
+from treepo_swift.lab.arena.learn import advantages, make_engine, policy_loss, reward_and_flat, train
 from treepo_swift.lab.arena.model import make_model, padded, pretrained
 from treepo_swift.lab.arena.rollout import Answer, answers, grow
 from treepo_swift.lab.arena.settings import Matrix, Method, Pretraining, Training
@@ -195,6 +195,14 @@ def test_a_placeholder_moves_nothing(model):
     found = policy_loss(model, batch, [SegmentAdvantages([1.0], [6], 1.0), SegmentAdvantages([], [], 0.0)], 'grpo')
     assert found.item() == pytest.approx(-0.5)
     assert padded([([5, 6], [7]), ([5], [])])[1].tolist() == [[0.0, 1.0], [0.0, 0.0]]
+
+
+def test_mean_reward_and_flat_prompts_by_hand():
+    def answer(tree: str, value: float, stop: StopReason = StopReason.EOS) -> Answer:
+        return Answer(problems(1)[0], [], value, TreeReport(tree, [], [], stop, 1))
+
+    flat = [answer('a', 1.0), answer('a', 1.0), answer('a', 0.0, StopReason.ABSENT)]
+    assert reward_and_flat([*flat, answer('b', 1.0), answer('b', 0.0)]) == (0.75, 0.5)
 
 
 def test_advantages_are_the_packages_own(model):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 from transformers import Qwen2ForCausalLM
@@ -65,19 +66,19 @@ def train(
         seconds += time.perf_counter() - began
         if decoded * settings.marks // settings.tokens > passed:
             passed = decoded * settings.marks // settings.tokens
-            rewards = [[a.reward for a in batch if a.report.id == tree.id] for tree in trees]
-            points.append(
-                Point(
-                    decoded,
-                    trained,
-                    steps,
-                    round(seconds, 3),
-                    accuracy(engine, task, heldout, seed + steps),
-                    sum(map(sum, rewards)) / len(batch),
-                    sum(len(set(values)) == 1 for values in rewards) / len(rewards),
-                )
-            )
+            right = accuracy(engine, task, heldout, seed + steps)
+            points.append(Point(decoded, trained, steps, round(seconds, 3), right, *reward_and_flat(batch)))
     return points
+
+
+def reward_and_flat(batch: Sequence[Answer]) -> tuple[float, float]:
+    """Mean reward, and the share of prompts whose answers all have the same. Placeholders are no answers."""
+    by_tree: dict[str, list[float]] = {}
+    for answer in batch:
+        if not answer.report.is_placeholder:
+            by_tree.setdefault(answer.report.id, []).append(answer.reward)
+    rewards = [value for values in by_tree.values() for value in values]
+    return fmean(rewards), sum(len(set(values)) == 1 for values in by_tree.values()) / len(by_tree)
 
 
 def make_engine(model: Qwen2ForCausalLM, task: Task, *, slots: int) -> Engine:
