@@ -33,7 +33,7 @@ from treepo_swift.lab.arena.tasks import (
 )
 
 GRPO = {'independent': True, 'tree': {'advantage': {'estimator': 'grpo', 'normalisation': 'none'}}}
-EXAMPLES = sorted((Path(__file__).parents[2] / 'examples' / 'arena').glob('*.yaml'))
+EXAMPLES = sorted((Path(__file__).parents[2] / 'examples' / 'arena').glob('*/matrix.yaml'))
 
 
 def matrix(**changes):
@@ -198,12 +198,21 @@ def test_a_file_that_is_no_matrix_is_refused_with_its_name(tmp_path, text):
         Matrix.read(file)
 
 
-@pytest.mark.parametrize('path', EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', EXAMPLES, ids=lambda path: path.parent.name)
 def test_the_examples_are_matrices_of_their_task_with_plain_grpo_first(path):
     found = Matrix.read(path)
-    assert found.task == path.stem and len(found.seeds) >= 5
+    assert found.task == path.parent.name and len(found.seeds) >= 5
     first = next(iter(found.methods.values()))
     assert first.independent and first.tree['advantage'] == {'estimator': 'grpo', 'normalisation': 'none'}
+
+
+@pytest.mark.parametrize('path', EXAMPLES, ids=lambda path: path.parent.name)
+def test_the_kept_results_are_those_of_their_matrix_and_of_this_loop(path):
+    """Who changes the loop, a task or a matrix has to run the study again: its runs then have other keys."""
+    found, runs = Matrix.read(path), ResultsFile(path.parent / 'results.jsonl').runs
+    of = ResultsFile(path.parent / 'results.jsonl').of(found)
+    assert of == runs and list(missing_cells(found, of)) == []
+    assert report(found, of) == (path.parent / 'report.md').read_text()
 
 
 def test_the_first_method_of_the_examples_decodes_every_answer_by_itself():

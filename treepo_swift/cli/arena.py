@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from treepo_swift.lab.arena.settings import Matrix
 
 EPILOG = """MATRIX.yaml names a task (decisions, opening, rare), methods, learning rates and seeds:
-  treepo-swift arena examples/arena/decisions.yaml --out output/arena/decisions
+  treepo-swift arena examples/arena/decisions/matrix.yaml --out output/arena/decisions
 Each run is a line of FOLDER/results.jsonl. Runs that are there are not made again, so a matrix that was stopped goes on
 when the same command is given again. It needs torch and transformers, and no GPU: a run takes less than a minute of one
 core. docs/learning.md says what it measures, and what came of it."""
