@@ -7,7 +7,7 @@ import sys
 
 from treepo_swift.compat.quiet_exit import quiet_exit
 
-from . import bench, config, doctor, eval, plugin, sample, simulate, view
+from . import arena, bench, config, doctor, eval, plugin, sample, simulate, view
 
 COMMANDS = {
     'doctor': doctor,
@@ -15,6 +15,7 @@ COMMANDS = {
     'config': config,
     'sample': sample,
     'eval': eval,
+    'arena': arena,
     'view': view,
     'bench': bench,
     'simulate': simulate,

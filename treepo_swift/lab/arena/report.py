@@ -1,0 +1,98 @@
+"""What an arena found, as Markdown: accuracy at marks, paired differences, what each method took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from treepo_swift.lab.bench.table import table
+
+from .runs import Run, best_rate, reported
+from .settings import Matrix
+from .statistics import accuracy_at, interval, tokens_to
+
+Reported = Mapping[str, Mapping[int, Run]]
+
+
+def marks_of(matrix: Matrix) -> list[float]:
+    """The decoded tokens at which runs are compared."""
+    count = matrix.training.marks
+    return [matrix.training.tokens * number / count for number in range(1, count + 1)]
+
+
+def report(matrix: Matrix, runs: Sequence[Run]) -> str:
+    """Raises ``ValueError`` where no run of the first method, which others are compared with, is there."""
+    found = reported(matrix, runs)
+    base = next(iter(matrix.methods))
+    if base not in found:
+        raise ValueError(f'no reported run of {base} is there yet, so there is nothing to compare with.')
+    seeds = sorted({seed for by_seed in found.values() for seed in by_seed})
+    start = fmean(run.curve[0].accuracy for by_seed in found.values() for run in by_seed.values())
+    parts = [
+        f'Task `{matrix.task}`: {start:.1%} right before training. Each run ends with the step that reaches '
+        f'{matrix.training.tokens:,} decoded tokens; seeds {", ".join(map(str, seeds))}. Means and 95 % confidence '
+        'intervals over seeds.',
+        'Held-out accuracy, %, at marks of decoded tokens:',
+        table(_accuracies(matrix, found), transpose=False),
+    ]
+    if len(found) > 1:
+        parts += [
+            f'Difference to {base} by seed, points; bold where the interval excludes 0:',
+            table(_differences(matrix, found, base), transpose=False),
+        ]
+    parts += ['What it took:', table(_costs(matrix, runs, found, base), transpose=False)]
+    return '\n\n'.join(parts) + '\n'
+
+
+def _accuracies(matrix: Matrix, found: Reported) -> list[dict[str, str]]:
+    return [
+        {'method': name}
+        | {
+            f'{mark:,.0f}': interval([accuracy_at(run.curve, mark) for run in by_seed.values()]).percent()
+            for mark in marks_of(matrix)
+        }
+        for name, by_seed in found.items()
+    ]
+
+
+def _differences(matrix: Matrix, found: Reported, base: str) -> list[dict[str, str]]:
+    rows = []
+    for name, by_seed in found.items():
+        shared = [seed for seed in by_seed if seed in found[base]]
+        if name == base or not shared:
+            continue
+        row = {'method': name}
+        columns = {f'{mark:,.0f}': [mark] for mark in marks_of(matrix)} | {'mean of marks': marks_of(matrix)}
+        for column, marks in columns.items():
+            gaps = [
+                fmean(accuracy_at(by_seed[s].curve, m) - accuracy_at(found[base][s].curve, m) for m in marks)
+                for s in shared
+            ]
+            gap = interval(gaps)
+            text = gap.percent(sign=True)
+            row[column] = f'**{text}**' if gap.excludes_zero else text
+        rows.append(row)
+    return rows
+
+
+def _costs(matrix: Matrix, runs: Sequence[Run], found: Reported, base: str) -> list[dict[str, str]]:
+    marks = marks_of(matrix)
+    target = fmean(accuracy_at(run.curve, marks[-1]) for run in found[base].values())
+    rows = []
+    for name, by_seed in found.items():
+        ends = [run.curve[-1] for run in by_seed.values()]
+        reached = tokens_to([run.curve for run in by_seed.values()], target, marks)
+        flat = [point.flat for run in by_seed.values() for point in run.curve if point.flat is not None]
+        rows.append(
+            {
+                'method': name,
+                'lr': f'{best_rate(matrix, name, runs):g}',
+                'seeds': str(len(by_seed)),
+                f"tokens to {base}'s last accuracy": 'not reached' if reached is None else f'{reached:,.0f}',
+                'trained tokens': f'{fmean(end.trained for end in ends):,.0f}',
+                'steps': f'{fmean(end.steps for end in ends):.0f}',
+                'seconds': f'{fmean(end.seconds for end in ends):.0f}',
+                'prompts with equal rewards': f'{fmean(flat):.0%}',
+            }
+        )
+    return rows
