@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from requests import Session
 
 pytest.importorskip('swift')
 pytest.importorskip('vllm')
@@ -300,6 +301,30 @@ def test_a_server_that_does_not_answer_counts_as_dead(monkeypatch):
         )
         cause = death(client, 0)
         assert cause is not None and cause.silent and 'has not answered for 0.2 s' in str(cause)
+
+
+def test_a_connection_that_the_server_closes_under_a_request_is_opened_again():
+    """uvicorn closes what was idle for 5 s; a server that stood still for a while closes all of them as it wakes."""
+    listener, asked = socket.create_server(('127.0.0.1', 0)), []
+
+    def serve() -> None:
+        for answers in (False, True, False, False):
+            connection, _ = listener.accept()
+            with connection:
+                asked.append(connection.recv(1 << 20))
+                if answers:
+                    connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n[]')
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    url = f'http://127.0.0.1:{listener.getsockname()[1]}'
+    client = SimpleNamespace(base_urls=[url], sessions=[Session()])
+    assert ask(client, 0, [], RequestConfig()) == []
+    # Not for ever.
+    with pytest.raises(ServerError, match='went away'):
+        ask(client, 0, [], RequestConfig())
+    thread.join(10)
+    assert len(asked) == 4 and not thread.is_alive()
 
 
 def test_connections_are_kept_alive():

@@ -238,7 +238,7 @@ def test_the_schema_is_current_and_takes_the_examples():
     jsonschema = pytest.importorskip('jsonschema')
     stored = json.loads((ROOT / 'docs' / 'tree_config.schema.json').read_text())
     assert stored == schema(), 'run: treepo-swift config --schema > docs/tree_config.schema.json'
-    files = list((ROOT / 'examples').rglob('*.yaml'))
+    files = [path for path in (ROOT / 'examples').rglob('*.yaml') if path.name != 'matrix.yaml']  # an arena's
     assert files
     for path in files:
         values = yaml.safe_load(path.read_text())

@@ -11,9 +11,10 @@ from typing import Any
 from pydantic import ValidationError
 from requests import Response, Session
 from requests.adapters import HTTPAdapter
-from requests.exceptions import JSONDecodeError, ReadTimeout, RequestException
+from requests.exceptions import ConnectionError, JSONDecodeError, ReadTimeout, RequestException
 from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest, RolloutOutput
 from swift.rlhf_trainers import VLLMInferClient
+from urllib3.exceptions import ProtocolError
 
 from treepo_swift.config import ConfigError, TreeConfig
 from treepo_swift.wire.note import REQUEST_KEY, RequestNote
@@ -82,7 +83,7 @@ def _post(
     url = client.base_urls[index]
     content = {'infer_requests': [asdict(r) for r in requests], 'request_config': asdict(request_config)}
     try:
-        response = client.sessions[index].post(f'{url}/infer/', json={**content, 'use_tqdm': False}, timeout=timeout)
+        response = _send(client.sessions[index], f'{url}/infer/', {**content, 'use_tqdm': False}, timeout)
         if response.status_code != 200:
             raise ServerError(_refusal(url, response))
         items = response.json()
@@ -101,6 +102,25 @@ def _post(
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise _unreadable(url, TypeError(f'{type(items).__name__} instead of a list of outputs'))
     return items
+
+
+def _send(session: Session, url: str, content: dict[str, Any], timeout: float | None) -> Response:
+    try:
+        return session.post(url, json=content, timeout=timeout)
+    except ConnectionError as e:
+        if not _was_closed(e):
+            raise
+    # A server closes connections that were idle for some seconds, and a request may meet that half-way. One that has
+    # died refuses the next connection.
+    return session.post(url, json=content, timeout=timeout)
+
+
+def _was_closed(error: ConnectionError) -> bool:
+    """By the other side, before it answered anything."""
+    reason = error.args[0] if error.args else None
+    return isinstance(reason, ProtocolError) and any(
+        isinstance(part, (ConnectionResetError, BrokenPipeError)) for part in reason.args
+    )
 
 
 def _unreadable(url: str, error: Exception) -> ServerError:
