@@ -14,6 +14,7 @@ import pytest
 from tests.e2e.conftest import QUICKSTART, ROOT, run_whole
 
 pytest.importorskip('build')
+pytestmark = pytest.mark.skipif(not os.environ.get('LONG'), reason='two minutes: LONG=1 runs it')
 
 SWIFT = '#!{python}\nimport sys\n\nfrom swift.cli.main import cli_main\n\nsys.exit(cli_main())\n'
 
