@@ -320,7 +320,7 @@ def report(soaked: Run, quiet: Run, done: list[Fault], happened: Counter[str], s
         + ('was running at the end.' if status is None else f'ended with status {status}.'),
         f'A step between faults took {usual:.1f} s (median).',
         '',
-        '| fault | times | calls that went wrong | answers that failed | longest step, s | seconds lost |',
+        '| fault | times | calls that went wrong | paths that failed | longest step, s | seconds lost |',
         '| --- | --- | --- | --- | --- | --- |',
     ]
     for kind in (*CALLS, *OUTSIDE, *ONCE):
