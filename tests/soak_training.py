@@ -29,11 +29,11 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / 'examples' / 'quickstart'
-sys.path.insert(0, str(QUICKSTART))
-from run import read_log
-from services import Service, free_port, guarded, offline_environment
+from tests.e2e.conftest import ROOT, Service, free_port, quickstart_script, servers_at
+
+# Beside the scripts of the quickstart, where conftest lets Python look.
+from run import read_log  # isort: skip
+from services import guarded, offline_environment  # isort: skip
 
 CALLS = (
     'a hook raises',
@@ -145,14 +145,8 @@ def start(stack: ExitStack, name: str, output: Path, base: dict[str, str], *, se
 
 
 def train(stack: ExitStack, run: Run, base: dict[str, str], faults: Path | None) -> None:
-    hosts, groups = ['127.0.0.1'] * len(run.ports), [str(free_port()) for _ in run.ports]
-    command = [
-        *('bash', str(scripted(run.folder, 'train.sh', faults))),
-        *('--vllm_server_host', *hosts),
-        *('--vllm_server_port', *map(str, run.ports)),
-        *('--vllm_server_group_port', *groups),
-        *('--save_total_limit', '1'),
-    ]
+    script = scripted(run.folder, 'train.sh', faults)
+    command = ['bash', str(script), *servers_at(run.ports), '--save_total_limit', '1']
     env = {**base, 'OUTPUT': str(run.folder / 'train'), 'MASTER_PORT': str(free_port()), **scheduler(faults)}
     if faults:
         env['REWARD_FUNCS'] = 'slow_sum'
@@ -161,18 +155,8 @@ def train(stack: ExitStack, run: Run, base: dict[str, str], faults: Path | None)
 
 def scripted(folder: Path, name: str, faults: Path | None) -> Path:
     """A script of the quickstart that loads `soak_faults` too, with a KV cache that leaves room for several servers."""
-    text = (QUICKSTART / name).read_text()
-    plugin = '"$(treepo-swift plugin)"'
-    engine = '{"block_size": 32}'
-    assert plugin in text and engine in text
-    text = text.replace(engine, '{"block_size": 32, "num_gpu_blocks_override": 512}')
-    if faults:
-        # After reward.py, whose function it slows down; rollout.sh has none.
-        last = '"$here/reward.py"' if '"$here/reward.py"' in text else plugin
-        text = text.replace(last, f'{last} "{Path(__file__).with_name("soak_faults.py")}"')
-    path = folder / name
-    path.write_text(text.replace('$here', str(QUICKSTART)))
-    return path
+    plugins = [Path(__file__).with_name('soak_faults.py')] if faults else []
+    return quickstart_script(folder, name, plugins=plugins, engine={'num_gpu_blocks_override': 512})
 
 
 def scheduler(faults: Path | None) -> dict[str, str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,20 @@ def servers_at(ports: list[int]) -> list[str]:
         *('--vllm_server_port', *map(str, ports)),
         *('--vllm_server_group_port', *map(str, groups)),
     ]
+
+
+def quickstart_script(
+    folder: Path, name: str = 'rollout.sh', *, plugins: Sequence[Path] = (), engine: Mapping[str, Any] | None = None
+) -> Path:
+    """A script of the quickstart, in `folder`, that loads more plugins and gives vLLM's engine more options."""
+    text = (QUICKSTART / name).read_text()
+    plugin, options = '"$(treepo-swift plugin)"', {'block_size': 32}
+    assert plugin in text and json.dumps(options) in text
+    text = text.replace(plugin, ' '.join([plugin, *(f'"{path}"' for path in plugins)]))
+    text = text.replace(json.dumps(options), json.dumps({**options, **(engine or {})}))
+    script = folder / name
+    script.write_text(text.replace('$here', str(QUICKSTART)))
+    return script
 
 
 def run_whole(

@@ -9,19 +9,14 @@ import pytest
 pytest.importorskip('vllm')
 
 from tests.e2e import test_options
-from tests.e2e.conftest import QUICKSTART
+from tests.e2e.conftest import quickstart_script
 from treepo_swift.view import load
 
 STEPS = 20
 
 
 def test_a_training_whose_hooks_raise_goes_on_and_learns_nothing_from_what_failed(serve_briefly, train, tmp_path):
-    plugin = '"$(treepo-swift plugin)"'
-    text = (QUICKSTART / 'rollout.sh').read_text()
-    assert plugin in text
-    script = tmp_path / 'rollout.sh'
-    raising = Path(__file__).with_name('raising.py')
-    script.write_text(text.replace(plugin, f'{plugin} "{raising}"').replace('$here', str(QUICKSTART)))
+    script = quickstart_script(tmp_path, plugins=[Path(__file__).with_name('raising.py')])
     port = serve_briefly(script=script, SCHEDULER='raises')
     result = train(port, '--per_device_train_batch_size', '32', steps=STEPS)
     assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]

@@ -16,7 +16,7 @@ pytest.importorskip('vllm')
 from swift.infer_engine.protocol import RequestConfig, RolloutInferRequest
 from swift.rlhf_trainers import VLLMInferClient
 
-from tests.e2e.conftest import QUICKSTART
+from tests.e2e.conftest import quickstart_script
 from treepo_swift.config import TreeConfig
 from treepo_swift.trainer.rollout import rollout_note
 from treepo_swift.trainer.servers import ServerError, ask, probe_servers
@@ -33,12 +33,7 @@ MODEL_LENGTH = 384
 def client(serve_briefly, tmp_path_factory) -> Iterator[VLLMInferClient]:
     """Of a server whose KV cache is far too small."""
     folder = tmp_path_factory.mktemp('small')
-    engine = {'block_size': 32, 'num_gpu_blocks_override': BLOCKS, 'disable_log_stats': False}
-    text = (QUICKSTART / 'rollout.sh').read_text()
-    plain = """'{"block_size": 32}'"""
-    assert plain in text
-    script = folder / 'rollout.sh'
-    script.write_text(text.replace(plain, f"'{json.dumps(engine)}'").replace('$here', str(QUICKSTART)))
+    script = quickstart_script(folder, engine={'num_gpu_blocks_override': BLOCKS, 'disable_log_stats': False})
     port = serve_briefly(script=script)
     yield VLLMInferClient(base_urls=[f'http://127.0.0.1:{port}'], connection_timeout=60)
 

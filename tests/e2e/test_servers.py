@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip('vllm')
 
 from tests.e2e import test_options
-from tests.e2e.conftest import QUICKSTART, Service, free_port, servers_at
+from tests.e2e.conftest import Service, free_port, quickstart_script, servers_at
 
 HERE = Path(__file__).parent
 DEATHS = [('worker', 0), ('engine', 1), ('server', 3)]
@@ -18,14 +18,8 @@ DEATHS = [('worker', 0), ('engine', 1), ('server', 3)]
 
 
 def test_servers_that_die_are_left_out_until_none_is_left(environment, train, tmp_path):
-    script = tmp_path / 'rollout.sh'
-    plugin = '"$(treepo-swift plugin)"'
-    text = (QUICKSTART / 'rollout.sh').read_text()
-    engine = '{"block_size": 32}'
-    assert plugin in text and engine in text
     # A gigabyte less each: three of them run at a time.
-    text = text.replace(engine, '{"block_size": 32, "num_gpu_blocks_override": 512}')
-    script.write_text(text.replace(plugin, f'{plugin} "{HERE}/dying.py"').replace('$here', str(QUICKSTART)))
+    script = quickstart_script(tmp_path, plugins=[HERE / 'dying.py'], engine={'num_gpu_blocks_override': 512})
     with ExitStack() as stack:
         ports, servers = [], []
         for number, (process, batch) in enumerate(DEATHS):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.archives import build
 from tests.e2e.conftest import QUICKSTART, ROOT, run_whole
 
 pytest.importorskip('build')
@@ -21,13 +22,7 @@ SWIFT = '#!{python}\nimport sys\n\nfrom swift.cli.main import cli_main\n\nsys.ex
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp('source')
-    for name in ('pyproject.toml', 'README.md', 'LICENSE'):
-        shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / 'treepo_swift', folder / 'treepo_swift', ignore=shutil.ignore_patterns('__pycache__'))
-    command = [sys.executable, '-m', 'build', '--wheel', '--no-isolation']
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    (made,) = (folder / 'dist').iterdir()
+    (made,) = build(tmp_path_factory.mktemp('source'), '--wheel')
     return made
 
 

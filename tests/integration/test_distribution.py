@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.archives import build
+
 pytest.importorskip('build')
 pytest.importorskip('twine')
 
@@ -26,12 +28,7 @@ def run(*command: str | Path, cwd: Path, **options: object) -> str:
 @pytest.fixture(scope='module')
 def archives(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The wheel, built from the source archive, and that archive."""
-    folder = tmp_path_factory.mktemp('source')
-    for name in ('pyproject.toml', 'README.md', 'LICENSE'):
-        shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / 'treepo_swift', folder / 'treepo_swift', ignore=shutil.ignore_patterns('__pycache__'))
-    run(sys.executable, '-m', 'build', '--no-isolation', cwd=folder)
-    return sorted((folder / 'dist').iterdir(), key=lambda path: path.suffix != '.whl')
+    return build(tmp_path_factory.mktemp('source'))
 
 
 def test_pypi_would_take_both(archives, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,17 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     try:
         return _arena(args)
-    except (OSError, ValueError) as e:
-        print(f'treepo-swift arena: {e}', file=sys.stderr)
-        return 1
     except ImportError as e:
         if e.name not in ('torch', 'transformers', 'safetensors'):
             raise
-        print(
-            f'treepo-swift arena: {e}. An arena trains with torch and transformers; ms-swift brings both.',
-            file=sys.stderr,
-        )
-        return 1
+        raise ValueError(f'{e}. An arena trains with torch and transformers; ms-swift brings both.') from e
 
 
 def _arena(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ import random
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 STATES = '01234567'
 OPS = 'abcdefgh'
@@ -87,18 +88,11 @@ class Task:
 
     def table(self) -> dict[tuple[str, int], int]:
         """(name, state) -> the next state: a permutation for each name, so that no step repairs a wrong one."""
-        rng = random.Random(f'table-{self.seed}')
-        return {(op, s): after for op in OPS for s, after in enumerate(rng.sample(range(8), 8))}
+        return _table(self.seed)
 
     def faults(self) -> dict[tuple[str, int], tuple[int, float]]:
         """(name, state) -> the wrong next state, and how often demonstrations take it."""
-        rng = random.Random(f'faults-{self.seed}')
-        table = self.table()
-        found = {}
-        for entry in rng.sample(sorted(table), round(self.faulty * len(table))):
-            wrong = rng.choice([state for state in range(8) if state != table[entry]])
-            found[entry] = (wrong, rng.uniform(*self.p_fault))
-        return found
+        return _faults(self.seed, self.faulty, self.p_fault)
 
     def problems(self, split: str, seed: int) -> Iterator[Problem]:
         """An endless seeded stream of one split's problems; no program is in two splits, whatever the seed."""
@@ -144,6 +138,23 @@ class Task:
                 text += '*' * rng.randint(1, 3)
             state = after
         return text + _answer(state)
+
+
+@cache
+def _table(seed: int) -> dict[tuple[str, int], int]:
+    rng = random.Random(f'table-{seed}')
+    return {(op, s): after for op in OPS for s, after in enumerate(rng.sample(range(8), 8))}
+
+
+@cache
+def _faults(seed: int, share: float, often: tuple[float, float]) -> dict[tuple[str, int], tuple[int, float]]:
+    rng = random.Random(f'faults-{seed}')
+    table = _table(seed)
+    found = {}
+    for entry in rng.sample(sorted(table), round(share * len(table))):
+        wrong = rng.choice([state for state in range(8) if state != table[entry]])
+        found[entry] = (wrong, rng.uniform(*often))
+    return found
 
 
 def split_of(program: str) -> str:
