@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / 'quickstart'))
 from run import START_TIMEOUT, follow, read_log, step
-from services import Service, free_port, guarded, offline_environment
+from treepo_swift.lab.services import Service, free_port, guarded, offline_environment
 
 COLUMNS = {
     'reward': 'reward',

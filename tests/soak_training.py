@@ -32,8 +32,8 @@ import psutil
 from tests.e2e.conftest import ROOT, Service, free_port, quickstart_script, servers_at
 
 # Beside the scripts of the quickstart, where conftest lets Python look.
-from run import read_log  # isort: skip
-from services import guarded, offline_environment  # isort: skip
+from run import read_log
+from treepo_swift.lab.services import guarded, offline_environment
 
 CALLS = (
     'a hook raises',

@@ -25,7 +25,7 @@ QUICKSTART = HERE.parent / 'quickstart'
 OUTPUT = HERE.parents[1] / 'output'
 sys.path.insert(0, str(QUICKSTART))
 from run import HELDOUT, START_TIMEOUT, accuracy, make_model, read_log, step
-from services import Service, ServiceFailed, free_port, guarded, offline_environment
+from treepo_swift.lab.services import Service, ServiceFailed, free_port, guarded, offline_environment
 
 MAX_STEPS = 100_000
 """Never reached: tokens end a run. The learning rate is constant, so nothing else depends on it."""

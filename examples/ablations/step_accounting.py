@@ -25,7 +25,7 @@ OUTPUT = HERE.parents[1] / 'output'
 PLUGIN = HERE.parents[1] / 'plugin' / 'treepo_plugin.py'
 sys.path.insert(0, str(QUICKSTART))
 from run import START_TIMEOUT, make_model, step
-from services import Service, free_port, guarded, offline_environment
+from treepo_swift.lab.services import Service, free_port, guarded, offline_environment
 from tqdm import tqdm
 
 from treepo_swift.lab.bench.result import hardware

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from services import Service, free_port, guarded, offline_environment
+from treepo_swift.lab.services import Service, free_port, guarded, offline_environment
 
 HERE = Path(__file__).resolve().parent
 START_TIMEOUT = 300

@@ -19,7 +19,7 @@ pytest.importorskip('vllm')
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / 'examples' / 'quickstart'
 sys.path.insert(0, str(QUICKSTART))
-from services import Service, free_port
+from treepo_swift.lab.services import Service, free_port
 
 
 def servers_at(ports: list[int]) -> list[str]:

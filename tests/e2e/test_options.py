@@ -413,7 +413,7 @@ def run_all(argv: list[str], folder: Path) -> None:
 
     load_model = SwiftRLHF._prepare_model_tokenizer
     sys.path.insert(0, os.environ['QUICKSTART'])
-    from services import free_port
+    from treepo_swift.lab.services import free_port
 
     for case in json.loads((folder / 'cases.json').read_text()):
         outcome: dict[str, Any] = {'error': None, 'model_loaded': False}

@@ -13,7 +13,7 @@ import pytest
 
 QUICKSTART = Path(__file__).parents[2] / 'examples' / 'quickstart'
 sys.path.insert(0, str(QUICKSTART))
-from services import Service, ServiceFailed, free_port
+from treepo_swift.lab.services import Service, ServiceFailed, free_port
 
 
 def alive(pid: int) -> bool:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treepo_swift.config import ConfigError
-from treepo_swift.lab.arena.report import report
+from treepo_swift.lab.arena.report import beside, report
 from treepo_swift.lab.arena.runs import Cell, Point, ResultsFile, Run, best_rate, missing_cells, reported, run_matrix
 from treepo_swift.lab.arena.settings import Matrix
 from treepo_swift.lab.arena.statistics import accuracy_at, interval, tokens_to
@@ -201,7 +201,7 @@ def test_a_file_that_is_no_matrix_is_refused_with_its_name(tmp_path, text):
 @pytest.mark.parametrize('path', EXAMPLES, ids=lambda path: path.parent.name)
 def test_the_examples_are_matrices_of_their_task_with_plain_grpo_first(path):
     found = Matrix.read(path)
-    assert found.task == path.parent.name and len(found.seeds) >= 5
+    assert found.task == path.parent.name.removesuffix('-swift') and len(found.seeds) >= 5
     first = next(iter(found.methods.values()))
     assert first.independent and first.tree['advantage'] == {'estimator': 'grpo', 'normalisation': 'none'}
 
@@ -390,3 +390,27 @@ def test_results_are_lines_that_other_programs_can_read(tmp_path):
         'flat': 0.25,
     }
     assert yaml.safe_load(yaml.safe_dump(values)) == values
+
+
+# Two loops beside each other.
+
+
+def test_two_loops_are_compared_by_method_and_seed_at_the_same_rate(tmp_path):
+    fast = matrix(tuning_seeds=[], learning_rates=[1e-4])
+    real = matrix(tuning_seeds=[], learning_rates=[1e-4], loop='swift', seeds=[1, 2])
+    assert fast.key('grpo') != real.key('grpo')
+
+    def runs(of, **end):
+        file = ResultsFile(tmp_path / f'{of.loop}.jsonl')
+        run_matrix(of, file, lambda cell: curve(0.4, 0.5, end[cell.method] + cell.seed / 100), say=lambda text: None)
+        return file.of(of)
+
+    text = beside(real, runs(real, grpo=0.7, treepo=0.8), fast, runs(fast, grpo=0.7, treepo=0.6))
+    rows = {line.split('|')[1].strip(): line for line in text.splitlines() if line.startswith('|')}
+    assert 'with `loop: swift` / with `loop: fast`' in text
+    assert '71.5 ± 6.4 / 71.5 ± 6.4: +0.0 ± 0.0' in rows['grpo']
+    assert '81.5 ± 6.4 / 61.5 ± 6.4: **+20.0 ± 0.0**' in rows['treepo']
+    with pytest.raises(ValueError, match='no method with the same settings, rate and seeds'):
+        beside(real, runs(real, grpo=0.7, treepo=0.8), matrix(tuning_seeds=[], learning_rates=[3e-4]), [])
+    with pytest.raises(ValueError, match='must be the same in both folders'):
+        beside(real, [], matrix(tuning_seeds=[], learning_rates=[1e-4], training={'tokens': 7, 'marks': 2}), [])

@@ -14,7 +14,7 @@ EPILOG = """MATRIX.yaml names a task (decisions, opening, rare), methods, learni
   treepo-swift arena examples/arena/decisions/matrix.yaml --out output/arena/decisions
 Each run is a line of FOLDER/results.jsonl. Runs that are there are not made again, so a matrix that was stopped goes on
 when the same command is given again. It needs torch and transformers, and no GPU: a run takes less than a minute of one
-core. docs/learning.md says what it measures, and what came of it."""
+core. With `loop: swift` in the matrix each run is a real one, of `swift rollout` and `swift rlhf`. docs/learning.md says what it measures, and what came of it."""
 
 KEPT = 'matrix.yaml'
 """The matrix beside its results, for ``--report`` alone."""
@@ -25,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('matrix', type=Path, nargs='?', metavar='MATRIX.yaml', help='what is to be run')
     parser.add_argument('--out', type=Path, metavar='FOLDER', help='where results go, and are')
     parser.add_argument('--report', type=Path, metavar='FOLDER', help='report what FOLDER has; train nothing')
+    parser.add_argument(
+        '--beside',
+        type=Path,
+        metavar='FOLDER',
+        help="with --report: how far its runs are from this folder's, e.g. of another loop",
+    )
     parser.add_argument(
         '--snr',
         type=int,
@@ -53,26 +59,38 @@ def run(args: argparse.Namespace) -> int:
 def _arena(args: argparse.Namespace) -> int:
     from treepo_swift.lab.arena import arena
     from treepo_swift.lab.arena.settings import Matrix
+    from treepo_swift.lab.services import guarded
 
     if args.report:
         if args.matrix or args.out or args.snr:
             raise ValueError('--report FOLDER takes no matrix, no --out and no --snr: FOLDER has its matrix.')
-        _report(Matrix.read(args.report / KEPT), args.report)
+        if args.beside:
+            _beside(args.report, args.beside)
+        else:
+            _report(Matrix.read(args.report / KEPT), args.report)
         return 0
+    if args.beside:
+        raise ValueError('--beside FOLDER needs --report FOLDER: it compares two.')
     if not (args.matrix and args.out):
         raise ValueError('give MATRIX.yaml and --out FOLDER, or --report FOLDER.')
     if args.threads < 1:
         raise ValueError(f'--threads {args.threads}: at least 1.')
     matrix = Matrix.read(args.matrix)
+    if matrix.loop == 'swift' and args.snr is not None:
+        raise ValueError('--snr measures gradients in this process: give it a matrix without loop: swift.')
     args.out.mkdir(parents=True, exist_ok=True)
     if args.snr is not None:
         _signal(matrix, args)
         return 0
     if args.matrix.resolve() != (args.out / KEPT).resolve():
         shutil.copyfile(args.matrix, args.out / KEPT)
-    arena.run_arena(matrix, args.out, cache=args.cache, threads=args.threads, say=_say)
-    _report(matrix, args.out)
-    return 0
+
+    def study() -> None:
+        arena.run_arena(matrix, args.out, cache=args.cache, threads=args.threads, say=_say)
+        _report(matrix, args.out)
+
+    # Servers and trainings must not outlive a command that is stopped.
+    return guarded(study, 'The same command goes on where it stopped.')
 
 
 def _report(matrix: Matrix, folder: Path) -> None:
@@ -92,6 +110,19 @@ def _report(matrix: Matrix, folder: Path) -> None:
         print('No plot: matplotlib is not installed (`pip install matplotlib`, then give --report).')
     print(text)
     print(f'written: {", ".join(map(str, written))}')
+
+
+def _beside(*folders: Path) -> None:
+    from treepo_swift.lab.arena.report import beside
+    from treepo_swift.lab.arena.runs import RESULTS, ResultsFile
+    from treepo_swift.lab.arena.settings import Matrix
+
+    matrices = [Matrix.read(folder / KEPT) for folder in folders]
+    runs = [ResultsFile(folder / RESULTS).of(matrix) for folder, matrix in zip(folders, matrices, strict=True)]
+    text = beside(matrices[0], runs[0], matrices[1], runs[1])
+    (folders[0] / 'beside.md').write_text(text, encoding='utf-8')
+    print(text)
+    print(f'written: {folders[0] / "beside.md"}')
 
 
 def _signal(matrix: Matrix, args: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ def run_arena(
 
     Raises:
         ValueError: ``results.jsonl`` in `folder` is not an arena's.
+        ServiceFailed: with ``loop: swift``, what swift said when it ended too early.
     """
     file = ResultsFile(folder / RESULTS)
     file.path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,6 +32,11 @@ def run_arena(
         from .model import pretrained
 
         torch.set_num_threads(threads)
+        if matrix.loop == 'swift':
+            from .swift_loop import train_by_swift
+
+            # One folder for all: that of a run that failed stays, and so does the last one's.
+            return train_by_swift(matrix, cell, folder / 'run', cache=cache, threads=threads)
         model = pretrained(matrix.the_task, matrix.pretraining, cache, say=say)
         return train(
             model,

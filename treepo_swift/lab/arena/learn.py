@@ -16,7 +16,7 @@ from treepo_swift.config import TreeConfig
 from .engine import Engine
 from .model import padded
 from .rollout import Answer, answers, grow
-from .runs import Point
+from .runs import Marks, Point
 from .settings import Training
 from .tasks import EOS, Problem, Task, decode, encode, reward
 
@@ -39,7 +39,7 @@ def train(
     decoded = trained = steps = 0
     seconds = 0.0
     points = [Point(0, 0, 0, 0.0, accuracy(engine, task, heldout, seed))]
-    passed = 0
+    marks = Marks(settings.tokens, settings.marks)
     while decoded < settings.tokens:
         began = time.perf_counter()
         problems = list(itertools.islice(prompts, settings.prompts))
@@ -64,8 +64,7 @@ def train(
         trained += sum(len(answer.token_ids) for answer in batch)
         steps += 1
         seconds += time.perf_counter() - began
-        if decoded * settings.marks // settings.tokens > passed:
-            passed = decoded * settings.marks // settings.tokens
+        if marks.passed(decoded):
             right = accuracy(engine, task, heldout, seed + steps)
             points.append(Point(decoded, trained, steps, round(seconds, 3), right, *reward_and_flat(batch)))
     return points

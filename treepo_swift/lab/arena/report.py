@@ -9,7 +9,7 @@ from treepo_swift.lab.bench.table import table
 
 from .runs import Run, best_rate, reported
 from .settings import Matrix
-from .statistics import accuracy_at, interval, tokens_to
+from .statistics import Interval, accuracy_at, interval, tokens_to
 
 Reported = Mapping[str, Mapping[int, Run]]
 
@@ -44,6 +44,42 @@ def report(matrix: Matrix, runs: Sequence[Run]) -> str:
     return '\n\n'.join(parts) + '\n'
 
 
+def beside(matrix: Matrix, runs: Sequence[Run], other: Matrix, other_runs: Sequence[Run]) -> str:
+    """How far the runs of `matrix` are from those of `other`, by method and seed; both have these at the same rate.
+
+    Raises:
+        ValueError: the two share no such runs, or differ in what all of their runs have in common.
+    """
+    if (matrix.the_task, matrix.training, matrix.pretraining) != (other.the_task, other.training, other.pretraining):
+        raise ValueError('task, training and pretraining must be the same in both folders.')
+    found, others = reported(matrix, runs), reported(other, other_runs)
+    rows = []
+    for name in found:
+        theirs = {(r.cell.lr, seed): r for seed, r in others.get(name, {}).items()}
+        same = name in others and matrix.config_of(name) == other.config_of(name)
+        pairs = [(r, theirs[r.cell.lr, seed]) for seed, r in found[name].items() if (r.cell.lr, seed) in theirs]
+        if not (same and pairs):
+            continue
+        row = {'method': name, 'seeds': str(len(pairs))}
+        columns = {f'{mark:,.0f}': [mark] for mark in marks_of(matrix)} | {'mean of marks': marks_of(matrix)}
+        for column, marks in columns.items():
+            at = [[fmean(accuracy_at(run.curve, mark) for mark in marks) for run in pair] for pair in pairs]
+            mine, hers = (interval([values[side] for values in at]).percent() for side in (0, 1))
+            row[column] = f'{mine} / {hers}: {_told(interval([one - two for one, two in at]))}'
+        rows.append(row)
+    if not rows:
+        raise ValueError('the two folders share no method with the same settings, rate and seeds.')
+    return (
+        f'Held-out accuracy, %, with `loop: {matrix.loop}` / with `loop: {other.loop}`: their difference by seed, '
+        f'points; bold where the interval excludes 0:\n\n{table(rows, transpose=False)}\n'
+    )
+
+
+def _told(gap: Interval) -> str:
+    text = gap.percent(sign=True)
+    return f'**{text}**' if gap.excludes_zero else text
+
+
 def _accuracies(matrix: Matrix, found: Reported) -> list[dict[str, str]]:
     return [
         {'method': name}
@@ -68,9 +104,7 @@ def _differences(matrix: Matrix, found: Reported, base: str) -> list[dict[str, s
                 fmean(accuracy_at(by_seed[s].curve, m) - accuracy_at(found[base][s].curve, m) for m in marks)
                 for s in shared
             ]
-            gap = interval(gaps)
-            text = gap.percent(sign=True)
-            row[column] = f'**{text}**' if gap.excludes_zero else text
+            row[column] = _told(interval(gaps))
         rows.append(row)
     return rows
 

@@ -12,6 +12,22 @@ from typing import Any
 from .settings import Matrix
 
 RESULTS = 'results.jsonl'
+RUN_VARIABLE = 'ARENA_RUN'
+"""Tells the training of a real run what it is: a JSON object of task, seed, training (as in the matrix), and curve, the
+file that gets the run's points."""
+
+
+class Marks:
+    """At which steps held-out accuracy is measured: the first at or behind each mark."""
+
+    def __init__(self, tokens: int, marks: int) -> None:
+        self._tokens, self._marks = tokens, marks
+        self._passed = 0
+
+    def passed(self, decoded: float) -> bool:
+        """Whether `decoded` tokens have reached a mark that no call before had reached."""
+        before, self._passed = self._passed, int(decoded * self._marks // self._tokens)
+        return self._passed > before
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,8 @@ class Matrix(Section):
     """With them every method runs at every rate on these first, and on `seeds` only at its best."""
     training: Training = Training()
     pretraining: Pretraining = Pretraining()
+    loop: Literal['fast', 'swift'] = 'fast'
+    """`fast`: in this process. `swift`: each run with a `swift rollout` and a `swift rlhf` of its own."""
 
     def __init__(self, **values: Any) -> None:
         """Raises `ConfigError`, which names every value that is wrong and what is allowed."""
@@ -171,4 +173,6 @@ class Matrix(Section):
             'training': self.training.model_dump(),
             'pretraining': self.pretraining.model_dump(),
         }
+        if self.loop != 'fast':
+            known['loop'] = self.loop
         return hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=6).hexdigest()
