@@ -131,6 +131,16 @@ def test_the_signals_handler_is_as_it_was_also_for_one_that_somebody_set():
         signal.signal(SIGNAL, before)
 
 
+def test_a_signal_that_is_not_ours_stops_nothing():
+    def gets_one(completions: Completions, **kwargs: Any) -> list[float]:
+        signal.raise_signal(SIGNAL)
+        return [1.0]
+
+    watch = RewardWatch(print, 60.0, end=pytest.fail)
+    (watched,) = watch.watched([gets_one], ['right'])
+    assert watched(['x']) == [1.0] and not watch.errors
+
+
 def test_six_hours_is_the_default_and_null_waits_for_good():
     assert TreeConfig().faults.reward_timeout == 21600
     assert TreeConfig(faults={'reward_timeout': None}).faults.reward_timeout is None

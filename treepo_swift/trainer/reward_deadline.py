@@ -40,15 +40,20 @@ def interruptible() -> Iterator[Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    thread, within = threading.get_ident(), True
+    thread, within, asked = threading.get_ident(), True, False
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if within:
+        if within and asked:  # the kernel sends it too, for a socket that wants it
             raise RewardTimeout
+
+    def interrupt() -> None:
+        nonlocal asked
+        asked = True
+        signal.pthread_kill(thread, SIGNAL)
 
     before = signal.signal(SIGNAL, stop)
     try:
-        yield lambda: signal.pthread_kill(thread, SIGNAL)
+        yield interrupt
     finally:
         within = False
         signal.signal(SIGNAL, before or signal.SIG_DFL)

@@ -58,9 +58,11 @@ class RewardWatch:
         self._grace_seconds = grace_seconds
         self._end = end
         self._last_resort = LastResort()
+        self._functions = 1
 
     def watched(self, functions: Sequence[Any], names: Sequence[str]) -> list[Any]:
         """The same functions, none of which raises. Reward models are swift's own business."""
+        self._functions = len(functions)
         return [self._wrapped(function, name) for function, name in zip(functions, names)]
 
     def _wrapped(self, function: Any, name: str) -> Any:
@@ -108,9 +110,9 @@ class RewardWatch:
 
     def _see_it_end(self, message: str) -> None:
         """Threads that a stopped function left behind keep the process alive: asyncio and the interpreter wait for
-        them. Other ranks may need their whole time."""
+        them. Other functions, here and on other ranks, may need their whole time."""
         assert self._timeout is not None
-        if self.left.wait(self._timeout + self._grace_seconds):
+        if self.left.wait(self._timeout * self._functions + self._grace_seconds):
             wait_for_exit()  # which comes of the error that all ranks have raised
             time.sleep(self._grace_seconds)
             message = 'A reward function was stopped.'
