@@ -49,6 +49,7 @@ def register() -> None:
     TrainerFactory.TRAINER_MAPPING['grpo'] = TRAINER_PATH
     TrainerFactory.TRAINING_ARGS_MAPPING['grpo'] = TRAINING_ARGS_PATH
     importlib.import_module('treepo_swift.server.ordered_pipe').order_answers()
+    importlib.import_module('treepo_swift.server.api_key').guard_server()
     _register_megatron()
 
 

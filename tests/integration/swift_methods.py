@@ -40,6 +40,7 @@ USED = (
     'swift.arguments.deploy_args:RolloutArguments._check_device_count',
     'swift.rewards.orm:MathAccuracy.__call__',
     'swift.pipelines.infer.rollout:SwiftRolloutDeploy._start_data_parallel_workers',
+    'swift.pipelines.infer.rollout:SwiftRolloutDeploy._register_rl_rollout_app',
     # Whose answers `OrderedPipe` orders: it looks up `recv` before anybody else can send.
     'swift.pipelines.infer.rollout:SwiftRolloutDeploy.process_weights_after_loading',
     'swift.pipelines.infer.rollout:SwiftRolloutDeploy.infer',

@@ -31,13 +31,12 @@ from tests.integration.rollout_server import serving
 from tests.integration.test_scheduler import scheduler
 from tests.integration.test_trainer import listening
 from treepo_swift.advantage.batch import tree_advantages
-from treepo_swift.compat import versions
 from treepo_swift.config import TreeConfig
 from treepo_swift.trainer import servers as servers_module
 from treepo_swift.trainer import sync_watch
 from treepo_swift.trainer.dealing import Costs, TreeServers, deal_to_servers
 from treepo_swift.trainer.rollout import rollout_note
-from treepo_swift.trainer.servers import ServerError, ask, death, find_trees, keep_alive, probe_servers
+from treepo_swift.trainer.servers import ServerError, ask, death, keep_alive, probe_servers
 from treepo_swift.wire.packing import accept_packed
 from treepo_swift.wire.report import TreeReport
 
@@ -206,16 +205,6 @@ def test_a_batch_that_a_living_server_refuses_is_not_asked_of_another():
         with pytest.raises(ServerError, match=r'(?s)failed \(500\): RolloutError: .*CUDA error'):
             grow(client, requests(['a', 'b']))
         assert client.num_servers == 2 and all(len(server.worker.batches) == 1 for server in running)
-
-
-def test_a_server_that_wants_a_key_says_so():
-    if versions.installed_version('ms-swift') < '4.6':
-        pytest.skip('this ms-swift asks for no key')
-    with fleet(1, api_key='s3cret') as (client, _):
-        with pytest.raises(
-            ServerError, match=r'wants an API key \(it answered 401\), and the client of swift rlhf sends'
-        ):
-            find_trees(client)
 
 
 @contextmanager

@@ -96,6 +96,9 @@ ELSEWHERE = {
     'faults.hook_timeout': f'{SCHEDULER}::test_bad_hooks_are_named',
     'faults.max_hung_hooks': 'tests/integration/test_hooks.py',
     'faults.stall_timeout': f'{COLOCATE}::test_a_rollout_that_stands_still_ends_and_says_where',
+    'faults.reward_timeout': (
+        'tests/integration/test_reward_deadline.py::test_a_reward_function_that_hangs_ends_the_training_by_its_name'
+    ),
     'checks.require_trainer': f'{SCHEDULER}::test_the_plain_trainer_may_be_allowed',
     'checks.verify_weight_sync': f'{TRAINER}::test_the_weights_are_proven_unless_told_otherwise',
     'eval_trees': f'{TRAINER}::test_evaluation_asks_for_trees_only_where_told',

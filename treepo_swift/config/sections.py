@@ -421,6 +421,9 @@ class Faults(Section):
     """Seconds without an output of the engine for anybody. Then every request that waits is made again, at most
     `max_retries` times in a row. In colocate mode, where the answers of hooks count too, the rollout ends with an error
     that says where it stands."""
+    reward_timeout: Annotated[float, Strict(), Field(ge=0.001, allow_inf_nan=False)] | None = 21600.0
+    """Seconds that a reward function may take for a batch before the training ends, by its name, on all ranks. The
+    default, six hours, is there for what never returns: a slow judge that works is not stopped. null waits for good."""
 
 
 class Checks(Section):

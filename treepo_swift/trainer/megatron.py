@@ -109,7 +109,8 @@ class TreeMegatronGRPOTrainer(ProofMixin, MegatronGRPOTrainer):
         if not self.grows_trees:
             return super()._score_completions(samples)
         self._fill_gym_rewards(samples)
-        with watched_rewards(self, logger.warning, self._gather_lists):
+        limit = self.tree_config.faults.reward_timeout
+        with watched_rewards(self, logger.warning, self._gather_lists, limit):
             rewards = super()._score_completions(samples)
         return self._of_this_rank(samples, self._settle_rewards(samples, self._all(rewards)))
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
+from urllib.parse import urlparse
 
 from pydantic import ValidationError
 from requests import Response, Session
@@ -134,8 +135,9 @@ def _unreadable(url: str, error: Exception) -> ServerError:
 def _refusal(url: str, response: Response) -> str:
     if response.status_code in (401, 403):
         return (
-            f'The rollout server {url} wants an API key (it answered {response.status_code}), and the client of swift '
-            'rlhf sends none. Start `swift rollout` without --api_key, where nobody else reaches it.'
+            f'The rollout server {url} wants its API key (it answered {response.status_code}). Name a netrc file by '
+            f'NETRC in the environment of this command, with the line `machine {urlparse(url).hostname} login rollout '
+            'password KEY`; the server needs the plugin too.'
         )
     try:
         detail = str(response.json()['detail'])

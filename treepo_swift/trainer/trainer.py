@@ -117,7 +117,8 @@ class TreeGRPOTrainer(SharedPrefixMixin, ColocateMixin, GRPOTrainer):
         if not self.grows_trees:
             return super()._compute_rewards_per_func(samples)
         self._fill_gym_rewards(samples)
-        with watched_rewards(self, logger.warning, self._gather_lists):
+        limit = self.tree_config.faults.reward_timeout
+        with watched_rewards(self, logger.warning, self._gather_lists, limit):
             rewards = super()._compute_rewards_per_func(samples)
         return self._settle_rewards(samples, rewards)
 

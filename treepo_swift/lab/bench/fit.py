@@ -8,9 +8,9 @@ import time
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from treepo_swift.config import TreeConfig
+from treepo_swift.lab.progress import progress
 from treepo_swift.lab.simulation import EngineModel
 from treepo_swift.server.engine import Placement, Prompt
 from treepo_swift.server.vllm_engine import VllmSegmentEngine
@@ -60,7 +60,7 @@ class _Fit:
         ]
         lengths = [info.max_model_len // 8, info.max_model_len // 2]
         await self._batch(2, long, STEPS)
-        with tqdm(total=REPEATS * (len(shapes) + len(lengths)) + 2, desc='measuring', dynamic_ncols=True) as bar:
+        with progress(total=REPEATS * (len(shapes) + len(lengths)) + 2, desc='measuring') as bar:
             seconds, prefills = np.full(len(shapes), np.inf), np.full(len(lengths), np.inf)
             # The fastest of several rounds: what slows the machine down for a while seldom lasts for all of them.
             for _ in range(REPEATS):

@@ -9,10 +9,9 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from treepo_swift.advantage import estimate
 from treepo_swift.config import TreeConfig
+from treepo_swift.lab.progress import progress
 from treepo_swift.wire.note import REQUEST_KEY, RequestNote
 from treepo_swift.wire.pieces import PieceReader, write_texts
 from treepo_swift.wire.record import Moment, Scored, record_of
@@ -214,7 +213,7 @@ def grow_missing(
     done = {plan.name: plan.file.done for plan in plans}
     cold = {plan.name for plan in plans if warm_up}
     there = sum(row.key in done[plan.name] for row in rows for plan in plans)
-    with tqdm(total=len(rows) * len(plans), initial=there, unit='tree', dynamic_ncols=True) as bar:
+    with progress(total=len(rows) * len(plans), initial=there, unit='tree') as bar:
         for part in _batches(rows, batch):
             for plan in plans:
                 missing = [row for row in part if row.key not in done[plan.name]]
