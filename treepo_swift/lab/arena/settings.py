@@ -165,11 +165,13 @@ class Matrix(Section):
 
     def key(self, name: str) -> str:
         """Of all that a method's runs depend on but rate and seed: results with another key are another arena's."""
+        config = self.config_of(name).to_dict()
+        del config['faults']['reward_timeout']  # no run depends on it, and results from before it are as good
         known = {
             'version': VERSION,
             'task': asdict(self.the_task),
             'width': self.width_of(self.methods[name]),
-            'config': self.config_of(name).to_dict(),
+            'config': config,
             'training': self.training.model_dump(),
             'pretraining': self.pretraining.model_dump(),
         }
