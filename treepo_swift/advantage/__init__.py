@@ -9,7 +9,6 @@ from .at2po import at2po
 from .depth_wise import depth_wise
 from .grpo import grpo
 from .normalisation import normalise
-from .prefix_rloo import prefix_rloo
 from .progress import progress
 from .registry import (
     AdvantageEstimator,
@@ -44,7 +43,6 @@ __all__ = [
     'grpo',
     'is_segment_level',
     'normalise',
-    'prefix_rloo',
     'progress',
     'register_advantage',
     'registered_estimators',

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from itertools import chain, count
 
 import numpy as np
@@ -89,16 +89,6 @@ class Subgroups:
         depth_N[self.node_S] = np.arange(len(self.node_S)) - self._start_L[self.trajectory_S]
         return depth_N
 
-    def ancestors(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """For each depth from the roots down: every node's ancestor there, and whether the node is below that depth
-        (else the ancestor is of no use)."""
-        depth_N = self.depth_N()
-        start_N = np.empty_like(self.parent_N)
-        start_N[self.node_S] = self._start_L[self.trajectory_S]
-        for depth in range(depth_N.max(initial=0)):
-            below_N = depth_N > depth
-            yield self.node_S[np.where(below_N, start_N + depth, start_N)], below_N
-
     def child_mean_N(self) -> np.ndarray:
         """Mean over a node's children of the same, up to the lowest reward of the tree; at the end of a trajectory its
         gain. A trajectory that ends where others go on is one of the children."""
@@ -125,11 +115,7 @@ class Subgroups:
 
     def per_segment(self, value_N: np.ndarray) -> list[list[float]]:
         """One list per trajectory with the values of its nodes after the root."""
-        return self.per_step(value_N[self.node_S])
-
-    def per_step(self, value_S: np.ndarray) -> list[list[float]]:
-        """One list per trajectory with the values of its steps after the root."""
-        values = value_S.tolist()
+        values = value_N[self.node_S].tolist()
         return [values[start + 1 : end] for start, end in zip(self._start_L.tolist(), self._end_L.tolist())]
 
 

@@ -367,11 +367,11 @@ class TreepoAdvantage(_Advantage):
 
 class OtherAdvantage(_Advantage):
     """Another estimator of the package (`grpo`, `rloo`, `reinforce_plus_plus`, `tree_grpo`, `progress`, `spo`,
-    `spo_tree`, `treerl`, `at2po`, `rtmc`, `depth_wise`, `prefix_rloo`), or one that you registered (`register_advantage`)."""
+    `spo_tree`, `treerl`, `at2po`, `rtmc`, `depth_wise`), or one that you registered (`register_advantage`)."""
 
     estimator: Name = own_name('estimator', 'treepo')
     options: dict[str, Any] = {}
-    """Keyword arguments of an estimator that you registered, or of `rtmc` and `prefix_rloo` (`prior`)."""
+    """Keyword arguments of an estimator that you registered, or of `rtmc` (`prior`)."""
 
 
 if TYPE_CHECKING:

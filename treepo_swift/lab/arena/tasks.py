@@ -87,8 +87,11 @@ class Task:
     """Most tokens of an answer, EOS included."""
 
     def table(self) -> dict[tuple[str, int], int]:
-        """(name, state) -> the next state: a permutation for each name, so that no step repairs a wrong one."""
-        return _table(self.seed)
+        """(name, state) -> the next state: a permutation for each name, so that no step repairs a wrong one.
+
+        Where there are detours, theirs is the identity: a few demonstrations are enough to learn what a detour gives.
+        """
+        return _table(self.seed) | {(LOOKUP_OP, int(state)): int(state) for state in STATES if self.hard}
 
     def faults(self) -> dict[tuple[str, int], tuple[int, float]]:
         """(name, state) -> the wrong next state, and how often demonstrations take it."""
@@ -182,6 +185,6 @@ TASKS = {
     # A wrong choice at any of several steps dooms what follows.
     'decisions': Task('decisions', faulty=0.25),
     # Half of the programs are lost without what is rarely done.
-    'rare': Task('rare', hard=0.5),
+    'rare': Task('rare', hard=0.5, p_detour=0.08),
 }
 """By the names that a matrix uses."""
