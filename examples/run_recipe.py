@@ -17,6 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / 'quickstart'))
 from run import START_TIMEOUT, follow, read_log, step
+
 from treepo_swift.lab.services import Service, free_port, guarded, offline_environment
 
 COLUMNS = {

@@ -29,10 +29,10 @@ from pathlib import Path
 
 import psutil
 
-from tests.e2e.conftest import ROOT, Service, free_port, quickstart_script, servers_at
-
 # Beside the scripts of the quickstart, where conftest lets Python look.
 from run import read_log
+
+from tests.e2e.conftest import ROOT, Service, free_port, quickstart_script, servers_at
 from treepo_swift.lab.services import guarded, offline_environment
 
 CALLS = (

@@ -28,9 +28,9 @@ QUICKSTART = HERE.parent / 'quickstart'
 OUTPUT = HERE.parents[1] / 'output'
 sys.path.insert(0, str(QUICKSTART))
 from run import HELDOUT, START_TIMEOUT, follow, make_model, read_log, step
-from treepo_swift.lab.services import Service, free_port, guarded, offline_environment
 
 from treepo_swift.core.policies.stopping import has_boxed_answer
+from treepo_swift.lab.services import Service, free_port, guarded, offline_environment
 
 SEGMENT = 32
 """Tokens of a segment in quickstart's tree.yaml."""

@@ -25,6 +25,7 @@ QUICKSTART = HERE.parent / 'quickstart'
 OUTPUT = HERE.parents[1] / 'output'
 sys.path.insert(0, str(QUICKSTART))
 from run import HELDOUT, START_TIMEOUT, accuracy, make_model, read_log, step
+
 from treepo_swift.lab.services import Service, ServiceFailed, free_port, guarded, offline_environment
 
 MAX_STEPS = 100_000

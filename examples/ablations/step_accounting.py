@@ -25,11 +25,11 @@ OUTPUT = HERE.parents[1] / 'output'
 PLUGIN = HERE.parents[1] / 'plugin' / 'treepo_plugin.py'
 sys.path.insert(0, str(QUICKSTART))
 from run import START_TIMEOUT, make_model, step
-from treepo_swift.lab.services import Service, free_port, guarded, offline_environment
 from tqdm import tqdm
 
 from treepo_swift.lab.bench.result import hardware
 from treepo_swift.lab.bench.table import table
+from treepo_swift.lab.services import Service, free_port, guarded, offline_environment
 
 OFF = {'TREEPO_SHARED_PREFIX__ENABLED': 'false', 'TREEPO_SHARED_PREFIX__SKIP_OLD_LOGPROBS': 'false'}
 WAYS: dict[str, tuple[str, dict[str, str]]] = {

@@ -22,6 +22,7 @@ QUICKSTART = HERE.parent / 'quickstart'
 sys.path[:0] = [str(QUICKSTART), str(HERE.parent)]
 from run import START_TIMEOUT, read_log, step
 from run_recipe import make_model
+
 from treepo_swift.lab.services import Service, free_port, guarded, offline_environment
 
 BATCH, WIDTH = 8, 8

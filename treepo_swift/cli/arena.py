@@ -14,7 +14,8 @@ EPILOG = """MATRIX.yaml names a task (decisions, opening, rare), methods, learni
   treepo-swift arena examples/arena/decisions/matrix.yaml --out output/arena/decisions
 Each run is a line of FOLDER/results.jsonl. Runs that are there are not made again, so a matrix that was stopped goes on
 when the same command is given again. It needs torch and transformers, and no GPU: a run takes less than a minute of one
-core. With `loop: swift` in the matrix each run is a real one, of `swift rollout` and `swift rlhf`. docs/learning.md says what it measures, and what came of it."""
+core. With `loop: swift` in the matrix each run is a real one, of `swift rollout` and `swift rlhf`, in minutes.
+docs/learning.md says what it measures, and what came of it."""
 
 KEPT = 'matrix.yaml'
 """The matrix beside its results, for ``--report`` alone."""

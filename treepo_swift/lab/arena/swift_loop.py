@@ -16,7 +16,7 @@ from .model import pretrained
 from .runs import RUN_VARIABLE, Cell, Point
 from .settings import Matrix
 
-PLUGIN_FILES = Path(__file__).resolve().parents[2] / 'plugin_file' / 'treepo_plugin.py'
+PLUGIN = Path(__file__).resolve().parents[2] / 'plugin_file' / 'treepo_plugin.py'
 ARENA_PLUGIN = Path(__file__).with_name('swift_plugin.py')
 MODEL_LENGTH = 160
 """A prompt and an answer: 26 + 112 tokens at most, and some to spare."""
@@ -59,7 +59,7 @@ def train_by_swift(matrix: Matrix, cell: Cell, folder: Path, *, cache: Path, thr
     shared = ['--model', str(model), '--model_type', 'qwen2', '--template', 'dummy', '--torch_dtype', 'float32']
     scheduler = [] if method.independent else ['--multi_turn_scheduler', 'treepo']
     server = [
-        *(*swift, 'rollout', *shared, '--external_plugins', str(PLUGIN_FILES), *scheduler),
+        *(*swift, 'rollout', *shared, '--external_plugins', str(PLUGIN), *scheduler),
         *('--vllm_use_async_engine', 'true', '--vllm_enforce_eager', 'true'),
         *('--vllm_max_model_len', str(MODEL_LENGTH), '--vllm_engine_kwargs', '{"block_size": 32}'),
         *('--host', '127.0.0.1', '--port', str(port)),
@@ -67,7 +67,7 @@ def train_by_swift(matrix: Matrix, cell: Cell, folder: Path, *, cache: Path, thr
     width = matrix.width_of(method)
     trainer = [
         *(*swift, 'rlhf', '--rlhf_type', 'grpo', *shared, '--tuner_type', 'full', '--bf16', 'false'),
-        *('--external_plugins', str(PLUGIN_FILES), str(ARENA_PLUGIN)),
+        *('--external_plugins', str(PLUGIN), str(ARENA_PLUGIN)),
         *('--reward_funcs', 'treepo_arena', '--callbacks', 'treepo_arena'),
         *('--dataset', str(data), '--load_from_cache_file', 'false', '--split_dataset_ratio', '0'),
         *('--dataset_num_proc', '1', '--dataloader_num_workers', '0'),
