@@ -205,7 +205,6 @@ def train(
             'MASTER_PORT': str(free_port()),
             'STEPS': '1',
             'OUTPUT': str(folder / 'train'),
-            'QUICKSTART': str(QUICKSTART),
             'TREEPO_MAX_DEPTH': '4',
             **env,
         },
@@ -412,7 +411,6 @@ def run_all(argv: list[str], folder: Path) -> None:
     from swift.pipelines.train.rlhf import SwiftRLHF
 
     load_model = SwiftRLHF._prepare_model_tokenizer
-    sys.path.insert(0, os.environ['QUICKSTART'])
     from treepo_swift.lab.services import free_port
 
     for case in json.loads((folder / 'cases.json').read_text()):

@@ -23,7 +23,7 @@ def export_model(model: Qwen2ForCausalLM, folder: Path) -> None:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     known = {PAD_TOKEN: PAD, EOS_TOKEN: EOS} | {character: index for index, character in enumerate(ALPHABET, 2)}
-    # Unknown text is an error at once: there is no token for it.
+    # The alphabet has no token for what is unknown; nothing but the tasks' own text is ever encoded.
     made = Tokenizer(models.WordLevel(known, unk_token=PAD_TOKEN))
     made.pre_tokenizer = pre_tokenizers.Split(Regex('.'), 'isolated')
     made.decoder = decoders.Fuse()
@@ -34,7 +34,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def export_problems(task: Task, seed: int, count: int, file: Path) -> None:
     """The first `count` problems that a run of `seed` trains on, in their order."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     with file.open('w', encoding='utf-8') as rows:
         for problem in itertools.islice(task.problems('train', seed), count):
             row = {'messages': [{'role': 'user', 'content': problem.prompt}], 'solution': str(problem.solution)}

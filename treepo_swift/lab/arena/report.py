@@ -61,8 +61,7 @@ def beside(matrix: Matrix, runs: Sequence[Run], other: Matrix, other_runs: Seque
         if not (same and pairs):
             continue
         row = {'method': name, 'seeds': str(len(pairs))}
-        columns = {f'{mark:,.0f}': [mark] for mark in marks_of(matrix)} | {'mean of marks': marks_of(matrix)}
-        for column, marks in columns.items():
+        for column, marks in _columns(matrix).items():
             at = [[fmean(accuracy_at(run.curve, mark) for mark in marks) for run in pair] for pair in pairs]
             mine, hers = (interval([values[side] for values in at]).percent() for side in (0, 1))
             row[column] = f'{mine} / {hers}: {_told(interval([one - two for one, two in at]))}'
@@ -73,6 +72,12 @@ def beside(matrix: Matrix, runs: Sequence[Run], other: Matrix, other_runs: Seque
         f'Held-out accuracy, %, with `loop: {matrix.loop}` / with `loop: {other.loop}`: their difference by seed, '
         f'points; bold where the interval excludes 0:\n\n{table(rows, transpose=False)}\n'
     )
+
+
+def _columns(matrix: Matrix) -> dict[str, list[float]]:
+    """Headings of a table of differences, and the marks whose mean stands below each."""
+    marks = marks_of(matrix)
+    return {f'{mark:,.0f}': [mark] for mark in marks} | {'mean of marks': marks}
 
 
 def _told(gap: Interval) -> str:
@@ -98,8 +103,7 @@ def _differences(matrix: Matrix, found: Reported, base: str) -> list[dict[str, s
         if name == base or not shared:
             continue
         row = {'method': name}
-        columns = {f'{mark:,.0f}': [mark] for mark in marks_of(matrix)} | {'mean of marks': marks_of(matrix)}
-        for column, marks in columns.items():
+        for column, marks in _columns(matrix).items():
             gaps = [
                 fmean(accuracy_at(by_seed[s].curve, m) - accuracy_at(found[base][s].curve, m) for m in marks)
                 for s in shared

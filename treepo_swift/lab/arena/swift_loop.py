@@ -10,13 +10,13 @@ from pathlib import Path
 
 from treepo_swift.compat import cpu
 from treepo_swift.lab.services import Service, free_port, offline_environment
+from treepo_swift.plugin import FILE
 
 from .export import export_model, export_problems
 from .model import pretrained
 from .runs import RUN_VARIABLE, Cell, Point
 from .settings import Matrix
 
-PLUGIN = Path(__file__).resolve().parents[2] / 'plugin_file' / 'treepo_plugin.py'
 ARENA_PLUGIN = Path(__file__).with_name('swift_plugin.py')
 MODEL_LENGTH = 160
 """A prompt and an answer: 26 + 112 tokens at most, and some to spare."""
@@ -55,19 +55,45 @@ def train_by_swift(matrix: Matrix, cell: Cell, folder: Path, *, cache: Path, thr
         'OMP_NUM_THREADS': str(threads),
         RUN_VARIABLE: json.dumps(run),
     }
-    swift = [str(Path(sys.executable).with_name('swift'))]
-    shared = ['--model', str(model), '--model_type', 'qwen2', '--template', 'dummy', '--torch_dtype', 'float32']
-    scheduler = [] if method.independent else ['--multi_turn_scheduler', 'treepo']
-    server = [
-        *(*swift, 'rollout', *shared, '--external_plugins', str(PLUGIN), *scheduler),
+    server = _server_command(model, port, [] if method.independent else ['--multi_turn_scheduler', 'treepo'])
+    trainer = _trainer_command(matrix, cell, folder / 'train', model=model, data=data, port=port, steps=steps)
+    with (
+        Service('The rollout server', server, log=folder / 'rollout.log', env=env) as serving,
+        Service('The training', trainer, log=folder / 'train.log', env=env) as learning,
+    ):
+        deadline = time.monotonic() + LONGEST_RUN
+        while learning.check() is None:
+            serving.check()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f'a run was not over after {LONGEST_RUN:.0f} s: {folder / "train.log"}')
+            time.sleep(0.5)
+    return [Point(**json.loads(line)) for line in curve.read_text().splitlines()]
+
+
+def _swift(command: str, model: Path, *plugins: Path) -> list[str]:
+    """What both commands begin with."""
+    return [
+        *(str(Path(sys.executable).with_name('swift')), command, '--model', str(model), '--model_type', 'qwen2'),
+        *('--template', 'dummy', '--torch_dtype', 'float32', '--external_plugins', str(FILE), *map(str, plugins)),
+    ]
+
+
+def _server_command(model: Path, port: int, scheduler: list[str]) -> list[str]:
+    return [
+        *(*_swift('rollout', model), *scheduler),
         *('--vllm_use_async_engine', 'true', '--vllm_enforce_eager', 'true'),
         *('--vllm_max_model_len', str(MODEL_LENGTH), '--vllm_engine_kwargs', '{"block_size": 32}'),
         *('--host', '127.0.0.1', '--port', str(port)),
     ]
-    width = matrix.width_of(method)
-    trainer = [
-        *(*swift, 'rlhf', '--rlhf_type', 'grpo', *shared, '--tuner_type', 'full', '--bf16', 'false'),
-        *('--external_plugins', str(PLUGIN), str(ARENA_PLUGIN)),
+
+
+def _trainer_command(
+    matrix: Matrix, cell: Cell, output: Path, *, model: Path, data: Path, port: int, steps: int
+) -> list[str]:
+    """The fast loop's optimizer, rate and loss, in swift's words."""
+    training, width = matrix.training, matrix.width_of(matrix.methods[cell.method])
+    return [
+        *(*_swift('rlhf', model, ARENA_PLUGIN), '--rlhf_type', 'grpo', '--tuner_type', 'full', '--bf16', 'false'),
         *('--reward_funcs', 'treepo_arena', '--callbacks', 'treepo_arena'),
         *('--dataset', str(data), '--load_from_cache_file', 'false', '--split_dataset_ratio', '0'),
         *('--dataset_num_proc', '1', '--dataloader_num_workers', '0'),
@@ -82,16 +108,5 @@ def train_by_swift(matrix: Matrix, cell: Cell, folder: Path, *, cache: Path, thr
         *('--adam_beta1', '0.9', '--adam_beta2', '0.95', '--max_grad_norm', '1.0'),
         *('--beta', '0', '--loss_type', training.loss_type, '--epsilon', '0.2'),
         *('--gradient_checkpointing', 'false', '--logging_steps', '1', '--save_strategy', 'no'),
-        *('--output_dir', str(folder / 'train'), '--add_version', 'false', '--report_to', 'none'),
+        *('--output_dir', str(output), '--add_version', 'false', '--report_to', 'none'),
     ]
-    with (
-        Service('The rollout server', server, log=folder / 'rollout.log', env=env) as serving,
-        Service('The training', trainer, log=folder / 'train.log', env=env) as learning,
-    ):
-        deadline = time.monotonic() + LONGEST_RUN
-        while learning.check() is None:
-            serving.check()
-            if time.monotonic() > deadline:
-                raise TimeoutError(f'a run was not over after {LONGEST_RUN:.0f} s: {folder / "train.log"}')
-            time.sleep(0.5)
-    return [Point(**json.loads(line)) for line in curve.read_text().splitlines()]
