@@ -133,7 +133,6 @@ def outcomes(environment: dict[str, str], tmp_path_factory: pytest.TempPathFacto
             'PATH': f'{swift.parent}{os.pathsep}{environment["PATH"]}',
             'MASTER_PORT': str(free_port()),
             'CASES': str(folder),
-            'QUICKSTART': str(QUICKSTART),
             'COLOCATE': '1',
             'OMP_NUM_THREADS': '1',
             'REWARD_FUNCS': 'length',
