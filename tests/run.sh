@@ -12,7 +12,7 @@ bash scripts/check.sh
 # and ports of its own; what the second says comes when both have ended. One thread each: where more threads than cores
 # wait for each other, they spin, and that takes many times what they compute.
 export OMP_NUM_THREADS=1
-first_e2e=(tests/e2e/test_{arena,bench,colocate,images,sampling}.py)
+first_e2e=(tests/e2e/test_{arena,bench,colocate,images,sampling,servers,turns}.py)
 measured() { COVERAGE_FILE=.coverage.$1 .venv/bin/python -m pytest "tests/$1" --cov --cov-report= --cov-fail-under=0 "${@:2}"; }
 first() { measured integration --durations=8 && .venv/bin/python -m pytest "${first_e2e[@]}" --durations=12; }
 second() {
