@@ -70,7 +70,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp('model')
     for script, extra in (
         ('task.py', ['--train', '64', '--heldout', '8']),
-        ('make_model.py', ['--steps', '60', '--eval-problems', '2']),
+        ('make_model.py', ['--steps', '60', '--eval-problems', '2', '--threads', '1']),
     ):
         subprocess.run([sys.executable, str(QUICKSTART / script), '--output', str(target), *extra], check=True)
     return target
@@ -87,6 +87,10 @@ def environment(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         TRANSFORMERS_OFFLINE='1',
         USE_HF='1',
         SEED='1',
+        # Two tests run at a time (tests/run.sh). Threads that wait for each other spin, and on a busy machine that
+        # takes many times what they compute; vLLM would bind every engine to the same core.
+        OMP_NUM_THREADS='1',
+        VLLM_CPU_OMP_THREADS_BIND='nobind',
         # DeepSpeed compiles here. Where it usually does, the lock of a run that was killed while it compiled makes
         # every later run wait for good.
         TORCH_EXTENSIONS_DIR=str(tmp_path_factory.mktemp('torch_extensions')),

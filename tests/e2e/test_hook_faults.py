@@ -1,4 +1,4 @@
-"""A training of twenty steps in which one in ten hook calls raises, by the real CLI and real vLLM."""
+"""A training of eight steps in which one in ten hook calls raises, by the real CLI and real vLLM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.e2e import test_options
 from tests.e2e.conftest import quickstart_script
 from treepo_swift.view import load
 
-STEPS = 20
+STEPS = 8
 
 
 def test_a_training_whose_hooks_raise_goes_on_and_learns_nothing_from_what_failed(serve_briefly, train, tmp_path):

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,7 @@ CASES: dict[str, tuple[str, str]] = {
     'teacher': ('--teacher_model {model} --teacher_model_type qwen2', 'advantage.estimator=progress'),
     'lora': (f'--tuner_type lora --beta 0.04 {TWO}', ''),
     'delete_long_prompts': ('--truncation_strategy delete --gradient_checkpointing true', ''),
+    'row_by_row': (TWO, 'shared_prefix.enabled=false shared_prefix.skip_old_logprobs=false'),
 }
 EVALUATION = (
     '--val_dataset {model}/heldout.jsonl --eval_strategy steps --eval_steps 1 --per_device_eval_batch_size 16 '
@@ -128,23 +129,14 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     'scale_rewards': ('--scale_rewards none', '', 'TREEPO_ADVANTAGE__NORMALISATION=none'),
     'sequence': ('--importance_sampling_level sequence', 'advantage.estimator=spo', 'Use sequence_token'),
     'eval_on_start': ('--async_generate true --eval_on_start true {evaluation}', '', 'trains on the evaluation'),
+    'max_depth': ('', 'max_depth=5', '5 x 32 = 160 tokens is over --max_completion_length = 128'),
 }
 
 
 @pytest.fixture(scope='module')
-def port(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+def port(serve: Callable[..., int]) -> int:
     """One rollout server for all tests of this file."""
-    from tests.e2e.conftest import QUICKSTART, Service, free_port
-
-    port = free_port()
-    with Service(
-        'The rollout server',
-        ['bash', str(QUICKSTART / 'rollout.sh')],
-        log=tmp_path_factory.mktemp('server') / 'rollout.log',
-        env={**environment, 'PORT': str(port)},
-    ) as service:
-        service.wait_for_health(port, timeout=240)
-        yield port
+    return serve()
 
 
 @pytest.fixture(scope='module')
@@ -284,6 +276,7 @@ SPECIAL = (
     'rollout_importance_sampling',
     'kl_in_reward',
     'grpo',
+    'row_by_row',
 )
 
 
@@ -330,6 +323,11 @@ def test_rollout_importance_sampling(case):
     for row in case['rows']:
         assert row['rollout_correction/is_weight_mean'] == pytest.approx(1, abs=1e-3)
         assert row['rollout_correction/k3_kl'] < 1e-5
+
+
+def test_row_by_row(case):
+    """Told to share no prefixes. That they are shared where nothing is said is seen in test_loop.py."""
+    assert all(row['tree/train_token_ratio'] <= 1.2 and row['tree/logprob_seconds'] > 0 for row in case['rows'])
 
 
 @pytest.mark.parametrize('name', REFUSED)
@@ -416,6 +414,7 @@ def run_all(argv: list[str], folder: Path) -> None:
     for case in json.loads((folder / 'cases.json').read_text()):
         outcome: dict[str, Any] = {'error': None, 'model_loaded': False}
         environ = {f'TREEPO_{key.upper().replace(".", "__")}': value for key, value in case['config'].items()}
+        before = {key: os.environ.get(key) for key in environ}
         os.environ.update(environ)
         try:
             outcome['values_per_row'] = watch_advantages()
@@ -431,8 +430,9 @@ def run_all(argv: list[str], folder: Path) -> None:
             traceback.print_exc()
             outcome['error'] = f'{type(e).__name__}: {e}'
         finally:
-            for key in environ:
+            for key, value in before.items():
                 del os.environ[key]
+                os.environ.update({key: value} if value is not None else {})
             for state in (AcceleratorState, GradientState, PartialState):
                 state._reset_state()
         (folder / f'{case["name"]}.json').write_text(json.dumps(outcome))
