@@ -1,4 +1,4 @@
-"""Every config under examples/peers loads and, scaled down to a fake engine, branches as often as its method does."""
+"""The configs of examples/peers and the recommended one load and, grown in small on a fake engine, branch as told."""
 
 from __future__ import annotations
 
@@ -56,19 +56,29 @@ def test_each_is_in_the_table_and_says_its_width():
 
 @pytest.mark.parametrize('name', BRANCHES)
 def test_a_method_grows_and_trains_scaled_down(name):
-    config = TreeConfig.load({'TREEPO_CONFIG': str(FILES[name])})
+    stats = grow_and_judge(FILES[name], WIDTHS[name], turns=name in TURNS)
+    assert (stats['forks'], stats['fallbacks']) == BRANCHES[name]
+
+
+def test_the_recommended_config_continues_one_answer_seven_times():
+    stats = grow_and_judge(FOLDER.parent / 'uncertain_tokens.yaml', 8, turns=False)
+    assert (stats['forks'], stats['fallbacks']) == (0, 7)
+
+
+def grow_and_judge(path, width, *, turns):
+    """A tree of the config in small; every answer is grown, and some advantages are above 0, some below. Its stats."""
+    config = TreeConfig.load({'TREEPO_CONFIG': str(path)})
     small = config.replace(segment_length=8, max_depth=min(config.max_depth, 6))
     outputs = talk(
-        ChatTree if name in TURNS else TreeRolloutScheduler,
-        WIDTHS[name],
+        ChatTree if turns else TreeRolloutScheduler,
+        width,
         config=small,
         engine=FakeEngine(speak=speak, block_size=4),
-        prompt='a}' if name in TURNS else 'a',
+        prompt='a}' if turns else 'a',
     )
     reports = [TreeReport.from_dict(tree_of(output)) for output in outputs]
     assert not any(report.is_placeholder for report in reports)
-    stats = tree_of(outputs[0])['stats']
-    assert (stats['forks'], stats['fallbacks']) == BRANCHES[name]
     rewards = [float(i % 3 == 0) for i in range(len(reports))]
     advantages = tree_advantages(reports, rewards, [sum(report.tokens) for report in reports], config)
     assert any(a.mean > 0 for a in advantages) and any(a.mean < 0 for a in advantages)
+    return tree_of(outputs[0])['stats']

@@ -18,11 +18,13 @@ def plot(matrix: Matrix, runs: Sequence[Run], path: Path) -> None:
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), sharey=True)
     marks = [0.0, *marks_of(matrix)]
     found = reported(matrix, runs)
     for number, (name, by_seed) in enumerate(found.items()):
-        style = {'color': f'C{number}', 'label': name, 'linestyle': '--' if number == 0 else '-'}
+        # Ten colours; behind them other lines.
+        line = '--' if number == 0 else ('-', '-.', ':')[number // 10 % 3]
+        style = {'color': f'C{number % 10}', 'label': name, 'linestyle': line, 'linewidth': 2.5 if number == 0 else 1.3}
         at = [interval([accuracy_at(run.curve, mark) for run in by_seed.values()]) for mark in marks]
         # Side by side, so that bars can be told apart.
         offset = (number - len(found) / 2) * marks[-1] / 250
@@ -41,7 +43,7 @@ def plot(matrix: Matrix, runs: Sequence[Run], path: Path) -> None:
     right.set(xlabel="trained tokens (about: decoded tokens times the method's share)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    right.legend()
+    right.legend(loc='center left', bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
