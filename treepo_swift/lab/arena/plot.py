@@ -39,6 +39,9 @@ def plot(matrix: Matrix, runs: Sequence[Run], path: Path) -> None:
         ends = [run.curve[-1] for run in by_seed.values()]
         share = sum(end.trained for end in ends) / sum(end.decoded for end in ends)
         right.plot([mark * share for mark in marks], [100 * value.mean for value in at], marker='o', ms=3, **style)
+    # One broken run makes an interval that leaves no room for the others.
+    low, high = left.get_ylim()
+    left.set_ylim(max(low, 0), min(high, 102))
     left.set(xlabel='decoded tokens', ylabel='held-out accuracy, %', title=f'task: {matrix.task}')
     right.set(xlabel="trained tokens (about: decoded tokens times the method's share)")
     for axes in (left, right):
