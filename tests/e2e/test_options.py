@@ -358,7 +358,6 @@ def test_two_processes(port, environment, tmp_path, flags, engine):
         *f'{SMALL} --per_device_train_batch_size 12 {flags}'.split(),
         NPROC_PER_NODE='2',
         DS_ACCELERATOR='cpu',
-        OMP_NUM_THREADS='1',
         STEPS='2',
         TREEPO_ADVANTAGE__ESTIMATOR='progress',
     )
@@ -392,7 +391,6 @@ def test_a_server_that_always_fails_ends_async_generate_on_all_ranks(environment
             *f'{SMALL} --per_device_train_batch_size 16 --async_generate true'.split(),
             *'--use_cpu true --ddp_backend gloo'.split(),
             NPROC_PER_NODE='2',
-            OMP_NUM_THREADS='1',
             STEPS='3',
         )
     said = result.stdout + result.stderr

@@ -24,7 +24,7 @@ def test_servers_that_die_are_left_out_until_none_is_left(environment, train, tm
         ports, servers = [], []
         for number, (process, batch) in enumerate(DEATHS):
             ports.append(free_port())
-            env = {'PORT': str(ports[-1]), 'DIES': process, 'DIES_AT': str(batch), 'OMP_NUM_THREADS': '1'}
+            env = {'PORT': str(ports[-1]), 'DIES': process, 'DIES_AT': str(batch)}
             service = Service(
                 f'server {number}', ['bash', str(script)], log=tmp_path / f'{number}.log', env={**environment, **env}
             )

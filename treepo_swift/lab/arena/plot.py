@@ -22,9 +22,9 @@ def plot(matrix: Matrix, runs: Sequence[Run], path: Path) -> None:
     marks = [0.0, *marks_of(matrix)]
     found = reported(matrix, runs)
     for number, (name, by_seed) in enumerate(found.items()):
-        # Ten colours; behind them other lines.
+        # Ten colours, then the same with other lines.
         line = '--' if number == 0 else ('-', '-.', ':')[number // 10 % 3]
-        style = {'color': f'C{number % 10}', 'label': name, 'linestyle': line, 'linewidth': 2.5 if number == 0 else 1.3}
+        style = {'color': f'C{number}', 'label': name, 'linestyle': line, 'linewidth': 2.5 if number == 0 else 1.3}
         at = [interval([accuracy_at(run.curve, mark) for run in by_seed.values()]) for mark in marks]
         # Side by side, so that bars can be told apart.
         offset = (number - len(found) / 2) * marks[-1] / 250
