@@ -23,10 +23,10 @@ from treepo_swift.lab.arena.model import make_model, padded, pretrained
 from treepo_swift.lab.arena.rollout import Answer, answers, grow
 from treepo_swift.lab.arena.settings import Matrix, Method, Pretraining, Training
 from treepo_swift.lab.arena.signal import Batch, ratio_of, rows, signal_of
-from treepo_swift.lab.arena.tasks import EOS, TASKS, Problem, encode
+from treepo_swift.lab.arena.tasks import CALL, EOS, TASKS, Problem, Task, decode, encode
 from treepo_swift.wire.report import TreeReport
 
-TASK = TASKS['decisions']
+TASK, CALLS = TASKS['decisions'], TASKS['calls']
 SMALL = Pretraining(hidden=16, layers=2, heads=2, steps=4, rows=4)
 GRPO = {'independent': True, 'tree': {'advantage': {'estimator': 'grpo', 'normalisation': 'none'}}}
 METHODS = {
@@ -60,35 +60,94 @@ def problems(count: int) -> list[Problem]:
     return list(itertools.islice(TASK.problems('train', 1), count))
 
 
-def forest(model, method: Method, seed: int = 0):
+def forest(model, method: Method, task: Task = TASK):
     asked = problems(3)
-    engine = make_engine(model, TASK, slots=3 * 6)
-    generator = torch.Generator().manual_seed(seed)
-    config = method.config(TASK.max_answer, 6)
-    return grow(engine, config, asked, width=6, max_answer=TASK.max_answer, seed=seed, generator=generator), config
+    engine = make_engine(model, task, slots=3 * 6)
+    config = method.config(task, 6)
+    return grow(engine, task, config, asked, width=6, seed=0, generator=torch.Generator().manual_seed(0)), config
 
 
-@pytest.mark.parametrize('name', METHODS)
-def test_log_probs_of_a_tree_are_those_of_the_models_own_forward_pass(model, name):
-    trees, _ = forest(model, METHODS[name])
-    shared = 0
+TURNS = {
+    'plain_turns': Method(**GRPO),
+    'forks_at_turns': Method(tree={'root_divergence': 2, 'fork_at': 'turn'}),
+    'forks_anywhere': Method(tree={'segment_length': 5, 'fork_position': 'max_entropy_token'}),
+    'turns_again': Method(
+        tree={
+            'root_divergence': 2,
+            'pacing': {1: 2},
+            'fork_at': 'turn',
+            'fallback': {'policy': 'random_segment', 'cuts': 2},
+        }
+    ),
+    'cut_anywhere': Method(
+        tree={'root_divergence': 1, 'pacing': {1: 1}, 'fallback': {'policy': 'random_token', 'cuts': 5}}
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    'method, task', [(m, TASK) for m in METHODS.values()] + [(m, CALLS) for m in TURNS.values()], ids=[*METHODS, *TURNS]
+)
+def test_log_probs_of_a_tree_are_those_of_the_models_own_forward_pass(model, method, task):
+    trees, _ = forest(model, method, task)
+    shared = turns = 0
     for tree in trees:
         assert len(tree.trajectories) == 6
-        nodes = {id(node): node for path in tree.trajectories for node in path.leaf.lineage()}
+        nodes = {id(node): node for path in tree.trajectories for node in path.leaf.lineage() if node.sampled}
         assert tree.stats.decoded_tokens == sum(len(node.token_ids) for node in nodes.values())
         shared += tree.stats.trajectory_tokens - tree.stats.decoded_tokens
+        turns += tree.stats.turns
         for path in tree.trajectories:
             ids = response_ids(path.leaf)
             assert (ids[-1] == EOS) == (path.stop is StopReason.EOS) and EOS not in ids[:-1]
+            sampled = torch.tensor([node.sampled for node in path.leaf.lineage() for _ in node.token_ids])
             row = torch.tensor([tree.prompt_ids + ids])
             with torch.no_grad():
                 found = model(input_ids=row).logits[0, :-1].log_softmax(-1)
             theirs = found.gather(1, row[0, 1:, None])[len(tree.prompt_ids) - 1 :, 0]
-            assert torch.allclose(theirs, torch.tensor(response_logprobs(path.leaf)), atol=1e-4)
+            assert torch.allclose(theirs[sampled], torch.tensor(response_logprobs(path.leaf)), atol=1e-4)
             entropy = -(found.exp() * found).sum(-1)[len(tree.prompt_ids) - 1 :]
-            ours = [value for node in path.leaf.lineage() for value in node.entropies]
-            assert torch.allclose(entropy, torch.tensor(ours), atol=1e-4)
-    assert (shared > 0) == (name not in ('grpo', 'from_the_root'))
+            ours = [value for node in path.leaf.lineage() if node.sampled for value in node.entropies]
+            assert torch.allclose(entropy[sampled], torch.tensor(ours), atol=1e-4)
+    assert (shared > 0) == (not method.independent and method is not METHODS['from_the_root'])
+    assert (turns > 0) == task.tool
+
+
+@pytest.mark.parametrize('name', TURNS)
+def test_a_tool_speaks_behind_every_call_and_nowhere_else(model, name):
+    trees, _ = forest(model, TURNS[name], CALLS)
+    for tree in trees:
+        for path in tree.trajectories:
+            text = ''
+            for node, behind in itertools.pairwise([*path.leaf.lineage(), None]):
+                said = decode(list(node.token_ids))
+                if node.sampled:
+                    assert CALL not in said[:-1]
+                    # A call without room for what the tool says is the end.
+                    assert not said.endswith(CALL) or behind is None or not behind.sampled
+                else:
+                    assert said == CALLS.reply(text)
+                text += said
+            assert path.leaf.length <= CALLS.max_answer
+
+
+def test_where_rewards_are_known_in_time_failed_answers_are_continued_first(model, monkeypatch):
+    def odd(problem, text, *, ended):
+        return float(ended and len(text) % 2)
+
+    monkeypatch.setattr(rollout, 'reward', odd)
+    deep = {'policy': 'random_segment', 'candidates': 'lowest_reward_first'}
+    method = Method(tree={'root_divergence': 4, 'pacing': {1: 4}, 'divergence': 2, 'fallback': deep})
+    seen = set()
+    for tree in forest(model, method)[0]:
+        paths = tree.trajectories
+        for path in paths:
+            assert path.reward == odd(None, decode(response_ids(path.leaf)), ended=path.stop is StopReason.EOS)
+        first = [path.reward for path in paths if path.fallback_from is None]
+        sources = {paths[path.fallback_from].reward for path in paths if path.fallback_from is not None}
+        assert sources == {min(first)}
+        seen.add((min(first), max(first)))
+    assert (0.0, 1.0) in seen
 
 
 def test_ways_of_ending_a_path_are_all_seen(model):
@@ -130,8 +189,8 @@ def test_one_seed_one_run_and_another_seed_another(tmp_path, monkeypatch):
 
     def curve(seed: int):
         model = pretrained(TASK, SMALL, tmp_path, say=str)
-        config = Method().config(TASK.max_answer, 4)
-        points = train(model, TASK, config, settings, width=4, lr=1e-3, seed=seed)
+        config = Method().config(TASK, 4)
+        points = train(model, TASK, config, settings, lr=1e-3, seed=seed)
         return [dataclasses.replace(point, seconds=0.0) for point in points], model.lm_head.weight.detach().clone()
 
     (first, weights), (second, same), (third, other) = curve(3), curve(3), curve(4)
@@ -159,7 +218,7 @@ def test_a_model_is_trained_once_for_the_same_settings(tmp_path):
 def batch_of(*ids: list[int]) -> list[Answer]:
     problem = problems(1)[0]
     return [
-        Answer(problem, row, 0.0, TreeReport('t', [number], [len(row)], StopReason.EOS, 1))
+        Answer(problem, row, [True] * len(row), 0.0, TreeReport('t', [number], [len(row)], StopReason.EOS, 1))
         for number, row in enumerate(ids, 1)
     ]
 
@@ -189,17 +248,33 @@ def test_the_gradient_is_that_of_advantage_times_log_prob(model, loss_type):
     assert torch.allclose(found, model.model.norm.weight.grad, atol=1e-6)
 
 
+def test_what_a_tool_said_is_not_trained_on(model):
+    answer = batch_of(encode('Aa3=5;!5'))[0]
+    spoken = dataclasses.replace(answer, sampled=[True] * 4 + [False] * 2 + [True] * 2)
+    loss = policy_loss(model, [spoken], [SegmentAdvantages([0.5, -2.0], [4, 2], 0.0)], 'grpo')
+    assert loss.item() == pytest.approx(-(4 * 0.5 - 2 * 2.0) / 6)
+    model.zero_grad()
+    loss.backward()
+    found = model.model.norm.weight.grad.clone()
+
+    model.zero_grad()
+    values = [0.5] * 4 + [0.0] * 2 + [-2.0] * 2
+    whole = policy_loss(model, [answer], [SegmentAdvantages(values, [1] * 8, 0.0)], 'grpo')
+    (whole * 8 / 6).backward()
+    assert torch.allclose(found, model.model.norm.weight.grad, atol=1e-6)
+
+
 def test_a_placeholder_moves_nothing(model):
-    placeholder = Answer(problems(1)[0], [], 0.0, TreeReport('t', [], [], StopReason.ABSENT, 0))
+    placeholder = Answer(problems(1)[0], [], [], 0.0, TreeReport('t', [], [], StopReason.ABSENT, 0))
     batch = [*batch_of(encode('Aa3=5;')), placeholder]
     found = policy_loss(model, batch, [SegmentAdvantages([1.0], [6], 1.0), SegmentAdvantages([], [], 0.0)], 'grpo')
     assert found.item() == pytest.approx(-0.5)
-    assert padded([([5, 6], [7]), ([5], [])])[1].tolist() == [[0.0, 1.0], [0.0, 0.0]]
+    assert padded([([5, 6], [7], [True]), ([5], [], [])])[1].tolist() == [[0.0, 1.0], [0.0, 0.0]]
 
 
 def test_mean_reward_and_flat_prompts_by_hand():
     def answer(tree: str, value: float, stop: StopReason = StopReason.EOS) -> Answer:
-        return Answer(problems(1)[0], [], value, TreeReport(tree, [], [], stop, 1))
+        return Answer(problems(1)[0], [], [], value, TreeReport(tree, [], [], stop, 1))
 
     flat = [answer('a', 1.0), answer('a', 1.0), answer('a', 0.0, StopReason.ABSENT)]
     assert reward_and_flat([*flat, answer('b', 1.0), answer('b', 0.0)]) == (0.75, 0.5)

@@ -83,6 +83,7 @@ def test_a_faultless_demonstration_runs_the_program(name):
     for label, op in zip('ABCDEFGHIJKL', problem.program):
         after = table[op, state]
         steps += f'{label}{op}{state}={after};'
+        assert not task.tool or task.reply(steps[:-2]) == steps[-2:]
         state = after
     assert state == problem.solution
     assert reward(problem, f'{steps}!{state}', ended=True) == 1.0
@@ -102,6 +103,33 @@ def test_faults_are_a_quarter_of_the_entries_and_never_the_right_state():
     assert len(faults) == 16
     assert all(wrong != task.table()[entry] and 0.2 <= often <= 0.6 for entry, (wrong, often) in faults.items())
     assert TASKS['opening'].faults() == {}
+
+
+def test_where_a_tool_speaks_demonstrations_call_the_wrong_table_as_often_as_they_were_wrong_without():
+    task, rng = TASKS['calls'], random.Random(1)
+    wrong = right = 0
+    for problem in itertools.islice(task.problems('train', 0), 400):
+        text = task.demonstrate(problem, rng).replace('*', '')
+        for index, op in enumerate(problem.program):
+            step = text[6 * index : 6 * index + 6]
+            assert task.reply(step[:4]) == step[4:]
+            assert step[1] == op or (op, int(step[2])) in task.faults()
+            wrong += step[1] != op
+            right += step[1] == op
+    assert 0.05 < wrong / (wrong + right) < 0.15  # a quarter of the entries, at 20 to 60 %
+
+
+def test_a_tool_answers_any_call():
+    task = TASKS['calls']
+    assert task.reply('Aa3=') == f'{task.table()["a", 3]};'
+    for call in ('=', 'a=', '3=', 'a8=', '!3=', '3a=', ' 3=', '\u06633='):
+        assert task.reply(call) == '?;'
+
+
+def test_what_a_tool_says_is_not_sampled():
+    assert TASKS['calls'].is_sampled('Aa3=5;*!5') == [True] * 4 + [False] * 2 + [True] * 3
+    assert all(TASKS['decisions'].is_sampled('Aa3=5;*!5'))
+    assert TASKS['calls'].is_sampled('') == []
 
 
 def test_a_hard_program_is_right_only_with_the_detour():
@@ -179,10 +207,7 @@ def test_padding_and_unknown_ids_are_in_no_right_answer():
         ({'methods': {'m': {'tree': {'fork_at': 'turn'}}}}, "methods.m: fork_at='turn'"),
         ({'methods': {'m': {'independent': True, 'tree': {'divergence': 3}}}}, 'so divergence has no effect'),
         ({'methods': {'m': {'tree': {'budget': {'policy': 'by_segment_tokens', 'tokens': 9}}}}}, 'by_segment_tokens'),
-        (
-            {'methods': {'m': {'tree': {'fallback': {'policy': 'random_token', 'candidates': 'lowest_reward_first'}}}}},
-            'no reward is known',
-        ),
+        ({'task': 'calls', 'loop': 'swift'}, 'calls has a tool, which only the fast loop'),
     ],
 )
 def test_a_matrix_that_can_not_work_is_refused_with_its_place(changes, message):

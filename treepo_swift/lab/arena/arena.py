@@ -42,8 +42,7 @@ def run_arena(
             model,
             matrix.the_task,
             matrix.config_of(cell.method),
-            matrix.training,
-            width=matrix.width_of(matrix.methods[cell.method]),
+            matrix.training_of(cell.method),
             lr=cell.lr,
             seed=cell.seed,
         )

@@ -36,9 +36,10 @@ class Engine:
     Shapes: B rows, H heads, T tokens, D of a head.
     """
 
-    def __init__(self, model: Qwen2ForCausalLM, *, slots: int, length: int) -> None:
+    def __init__(self, model: Qwen2ForCausalLM, *, slots: int, length: int, stop_ids: Sequence[int] = (EOS,)) -> None:
         config = model.config
         self.model = model
+        self._stop_ids = frozenset(stop_ids)
         self._heads = config.num_attention_heads
         self._eps = config.rms_norm_eps
         size = config.hidden_size // self._heads
@@ -60,6 +61,20 @@ class Engine:
             self._keys[layer, list(slots), :, :longest] = found.keys
             self._values[layer, list(slots), :, :longest] = found.values
 
+    @torch.inference_mode()
+    def read(self, slots: Sequence[int], lengths: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
+        """Append `tokens`, which nobody sampled, to rows of `lengths` tokens.
+
+        Each begins with its row's last token, which no slot holds yet; all are equally long.
+        """
+        weights = _Weights.of(self.model)
+        slot, position, ids = torch.tensor(slots), torch.tensor(lengths) - 1, torch.tensor(tokens)
+        reach = max(lengths) + ids.shape[1]
+        keys, values = self._keys[:, slot, :, :reach], self._values[:, slot, :, :reach]
+        for place, token in enumerate(ids.T[:-1]):
+            self._step(weights, token, position + place, keys, values)
+        self._store(slot, keys, values, reach)
+
     def copy(self, source: Sequence[int], target: Sequence[int], length: int) -> None:
         """The first `length` tokens of rows, for those that fork from them."""
         if len(source):
@@ -76,7 +91,7 @@ class Engine:
         *,
         generator: torch.Generator,
     ) -> list[Sampled]:
-        """Go on from each slot's first `lengths` tokens, the last of which is `last`, by up to `limits` tokens or EOS.
+        """Go on from each slot's first `lengths` tokens, the last of which is `last`, to a stop id or `limits` tokens.
 
         Temperature 1. The same calls with the same generator give the same tokens.
         """
@@ -107,7 +122,7 @@ class Engine:
                 said[row].token_ids.append(new)
                 said[row].logprobs.append(logprob)
                 said[row].entropies.append(entropy)
-                if new == EOS or count >= limits_now[index]:
+                if new in self._stop_ids or count >= limits_now[index]:
                     rows[index] = -1
                 else:
                     open_.append(index)

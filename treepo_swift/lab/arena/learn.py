@@ -17,22 +17,24 @@ from .engine import Engine
 from .model import padded
 from .rollout import Answer, answers, grow
 from .runs import Marks, Point
-from .settings import Training
-from .tasks import EOS, Problem, Task, decode, encode, reward
+from .settings import Method, Training
+from .tasks import Problem, Task, encode
 
 EPSILON = 0.2
 """Of the clipped loss: swift's default. With one update for each rollout the ratio is 1 and nothing is clipped."""
 LONGEST_PROMPT = 32
+ALONE = Method(independent=True)
+"""One answer to a prompt, as held-out accuracy asks for."""
 
 
 def train(
-    model: Qwen2ForCausalLM, task: Task, config: TreeConfig, settings: Training, *, width: int, lr: float, seed: int
+    model: Qwen2ForCausalLM, task: Task, config: TreeConfig, settings: Training, *, lr: float, seed: int
 ) -> list[Point]:
     """Train `model` in place and return its curve: a point before the first step, and one at each mark that a step
     reaches. The last step is the one that reaches ``settings.tokens``. The same arguments give the same curve."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    engine = make_engine(model, task, slots=max(settings.prompts * width, settings.heldout))
+    engine = make_engine(model, task, slots=max(settings.prompts * settings.width, settings.heldout))
     prompts = task.problems('train', seed)
     heldout = list(itertools.islice(task.problems('heldout', 0), settings.heldout))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -46,10 +48,10 @@ def train(
         model.eval()
         trees = grow(
             engine,
+            task,
             config,
             problems,
-            width=width,
-            max_answer=task.max_answer,
+            width=settings.width,
             seed=seed * 1_000_003 + steps,
             generator=generator,
             progress=decoded / settings.tokens,
@@ -61,7 +63,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         decoded += sum(tree.stats.decoded_tokens for tree in trees)
-        trained += sum(len(answer.token_ids) for answer in batch)
+        trained += sum(sum(answer.sampled) for answer in batch)
         steps += 1
         seconds += time.perf_counter() - began
         if marks.passed(decoded):
@@ -81,7 +83,7 @@ def reward_and_flat(batch: Sequence[Answer]) -> tuple[float, float]:
 
 
 def make_engine(model: Qwen2ForCausalLM, task: Task, *, slots: int) -> Engine:
-    return Engine(model, slots=slots, length=LONGEST_PROMPT + task.max_answer)
+    return Engine(model, slots=slots, length=LONGEST_PROMPT + task.max_answer, stop_ids=task.stop_ids)
 
 
 def advantages(batch: Sequence[Answer], config: TreeConfig) -> list[SegmentAdvantages]:
@@ -89,7 +91,7 @@ def advantages(batch: Sequence[Answer], config: TreeConfig) -> list[SegmentAdvan
     return tree_advantages(
         [answer.report for answer in batch],
         [answer.reward for answer in batch],
-        [len(answer.token_ids) for answer in batch],
+        [sum(answer.sampled) for answer in batch],
         config,
     )
 
@@ -103,14 +105,11 @@ def policy_loss(
     is the one that trains. `grpo` takes the mean over each answer's tokens and then over answers; `dapo` the mean over
     all tokens of the step.
     """
-    rows = [(encode(answer.problem.prompt), answer.token_ids) for answer in batch]
-    ids, mask_BT = padded(rows)
+    ids, mask_BT = padded([(encode(answer.problem.prompt), answer.token_ids, answer.sampled) for answer in batch])
     advantage_BT = torch.zeros_like(mask_BT)
-    for row, ((prompt, _), found) in enumerate(zip(rows, advantage, strict=True)):
-        place = len(prompt) - 1
-        for value, count in zip(found.values, found.tokens, strict=True):
-            advantage_BT[row, place : place + count] = value
-            place += count
+    for row, found in enumerate(advantage):
+        each = [value for value, count in zip(found.values, found.tokens, strict=True) for _ in range(count)]
+        advantage_BT[row, mask_BT[row].bool()] = torch.tensor(each) if each else 0.0
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     logprob_BT = -torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction='none')
     ratio_BT = (logprob_BT - logprob_BT.detach()).exp()
@@ -124,18 +123,7 @@ def policy_loss(
 def accuracy(engine: Engine, task: Task, problems: Sequence[Problem], seed: int) -> float:
     """Share of right answers, one sampled for each problem at temperature 1."""
     engine.model.eval()
-    prompts = [encode(problem.prompt) for problem in problems]
-    slots = list(range(len(prompts)))
-    engine.fill(prompts, slots)
-    said = engine.sample(
-        slots,
-        [len(prompt) for prompt in prompts],
-        [prompt[-1] for prompt in prompts],
-        [task.max_answer] * len(prompts),
-        generator=torch.Generator().manual_seed(seed),
-    )
-    right = [
-        reward(problem, decode(row.token_ids), ended=row.token_ids[-1] == EOS)
-        for problem, row in zip(problems, said, strict=True)
-    ]
-    return sum(right) / len(right)
+    config = ALONE.config(task, 1)
+    generator = torch.Generator().manual_seed(seed)
+    trees = grow(engine, task, config, problems, width=1, seed=seed, generator=generator)
+    return fmean(answer.reward for answer in answers(trees, problems))

@@ -78,7 +78,8 @@ def pretrain(model: Qwen2ForCausalLM, task: Task, settings: Pretraining, *, say:
         rows = []
         for _ in range(settings.rows):
             problem = next(problems)
-            rows.append((encode(problem.prompt), [*encode(task.demonstrate(problem, rng)), EOS]))
+            text = task.demonstrate(problem, rng)
+            rows.append((encode(problem.prompt), [*encode(text), EOS], [*task.is_sampled(text), True]))
         ids, loss_mask = padded(rows)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction='none')
@@ -94,16 +95,20 @@ def pretrain(model: Qwen2ForCausalLM, task: Task, settings: Pretraining, *, say:
             say(f'pre-training {task.name}: step {step + 1} of {settings.steps}, loss {loss.item():.3f}')
 
 
-def padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [B, T] of (prompt, answer) rows with padding behind, and which of ``ids[:, 1:]`` the answers hold.
+Row = tuple[Sequence[int], Sequence[int], Sequence[bool]]
+"""A prompt, an answer, and which of the answer's tokens were sampled: all but a tool's."""
+
+
+def padded(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [B, T] of rows with padding behind, and which of ``ids[:, 1:]`` were sampled.
 
     Padding behind needs no attention mask: in a causal model nothing before it sees it.
     """
-    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+    longest = max(len(prompt) + len(answer) for prompt, answer, _ in rows)
     ids = torch.full((len(rows), longest), PAD)
     mask = torch.zeros(len(rows), longest - 1)
-    for row, (prompt, answer) in enumerate(rows):
+    for row, (prompt, answer, sampled) in enumerate(rows):
         end = len(prompt) + len(answer)
         ids[row, :end] = torch.tensor([*prompt, *answer])
-        mask[row, len(prompt) - 1 : end - 1] = 1.0
+        mask[row, len(prompt) - 1 : end - 1] = torch.tensor(sampled, dtype=mask.dtype)
     return ids, mask

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import torch
 
 from treepo_swift.config import TreeConfig
-from treepo_swift.core.messages import Limits, Segment, SegmentRequest
+from treepo_swift.core.messages import Limits, NextTurn, Segment, SegmentRequest
 from treepo_swift.core.search import TreeSearch
 from treepo_swift.core.tree import StopReason, Tree, response_ids
 from treepo_swift.wire.report import TreeReport
 
 from .engine import Engine
-from .tasks import Problem, decode, encode, reward
+from .tasks import CALL, Problem, Task, decode, encode, reward
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,9 @@ class Answer:
 
     problem: Problem
     token_ids: list[int]
-    """Of the answer, EOS included."""
+    """Of the answer, EOS and a tool's included."""
+    sampled: list[bool]
+    """Which of them are the model's."""
     reward: float
     report: TreeReport
     """What the advantage estimators read."""
@@ -34,6 +36,7 @@ class Answer:
 class _Growing:
     """A tree, and which slot of the engine holds which of its rows."""
 
+    problem: Problem
     search: TreeSearch
     first_slot: int
     slot_of: dict[int, int] = field(default_factory=dict)
@@ -55,18 +58,19 @@ class _Growing:
 
 def grow(
     engine: Engine,
+    task: Task,
     config: TreeConfig,
     problems: Sequence[Problem],
     *,
     width: int,
-    max_answer: int,
     seed: int,
     generator: torch.Generator,
     progress: float = 0.0,
 ) -> list[Tree]:
     """A tree of `width` answers for each problem, all trees a segment at a time.
 
-    The engine needs ``len(problems) * width`` slots. Stops are EOS and the limits; no text is read.
+    The engine needs ``len(problems) * width`` slots. Stops are EOS and the limits; where the task has a tool, a call
+    ends the turn.
     """
     trees = []
     for number, problem in enumerate(problems):
@@ -76,21 +80,21 @@ def grow(
             tree_id=str(number),
             prompt_ids=prompt,
             width=width,
-            limits=Limits(max_answer, len(prompt) + max_answer),
+            limits=Limits(task.max_answer, len(prompt) + task.max_answer),
             rng=random.Random(f'{seed}-{number}'),
             progress=progress,
             by_segment=True,
         )
-        trees.append(_Growing(search, number * width))
+        trees.append(_Growing(problem, search, number * width))
     engine.fill([tree.search.tree.prompt_ids for tree in trees], [tree.first_slot for tree in trees])
     asked = [(tree, request) for tree in trees for request in tree.search.start()]
     while asked:
-        asked = _round(engine, asked, generator)
+        asked = _round(engine, task, asked, generator)
     return [tree.search.tree for tree in trees]
 
 
 def _round(
-    engine: Engine, asked: list[tuple[_Growing, SegmentRequest]], generator: torch.Generator
+    engine: Engine, task: Task, asked: list[tuple[_Growing, SegmentRequest]], generator: torch.Generator
 ) -> list[tuple[_Growing, SegmentRequest]]:
     """A segment for every path that grows; returns the requests that follow."""
     slots, lengths, last, limits = [], [], [], []
@@ -108,14 +112,26 @@ def _round(
         last.append(row[-1])
         limits.append(min(request.max_tokens, request.segment_tokens))
     engine.copy(source, target, max(lengths))
-    following = []
+    following: list[tuple[_Growing, SegmentRequest]] = []
+    spoken: list[tuple[int, int, list[int]]] = []
     sampled = engine.sample(slots, lengths, last, limits, generator=generator)
     for (tree, request), slot, prefix, said in zip(asked, slots, prefixes, sampled, strict=True):
         # Only now: a row is a source for forks once its slot holds it.
         tree.rows[slot] = prefix + said.token_ids
         stop = StopReason.EOS if said.ended else None
-        tree.search.extend(request.path_id, Segment(said.token_ids, said.logprobs, stop, said.entropies))
-        following += [(tree, new) for new in tree.search.settle(request.path_id)]
+        path = tree.search.extend(request.path_id, Segment(said.token_ids, said.logprobs, stop, said.entropies))
+        text = decode(tree.rows[slot])
+        path.reward = reward(tree.problem, text, ended=said.ended)
+        reply = encode(task.reply(text)) if task.tool and text.endswith(CALL) else []
+        if reply and tree.search.has_room(path.leaf.length + len(reply)):
+            spoken.append((slot, len(tree.search.tree.prompt_ids) + path.leaf.length, [said.token_ids[-1], *reply]))
+            tree.rows[slot] += reply
+            new = tree.search.begin_turn(request.path_id, NextTurn(path.leaf.length, reply))
+        else:
+            new = tree.search.settle(request.path_id)
+        following += [(tree, request) for request in new]
+    if spoken:
+        engine.read(*zip(*spoken, strict=True))
     return following
 
 
@@ -125,6 +141,7 @@ def answers(trees: Sequence[Tree], problems: Sequence[Problem]) -> list[Answer]:
     for tree, problem in zip(trees, problems, strict=True):
         for index, path in enumerate(tree.trajectories):
             ids = response_ids(path.leaf)
+            sampled = [node.sampled for node in path.leaf.lineage() for _ in node.token_ids]
             value = reward(problem, decode(ids), ended=path.stop is StopReason.EOS)
-            found.append(Answer(problem, ids, value, TreeReport.of(tree, index)))
+            found.append(Answer(problem, ids, sampled, value, TreeReport.of(tree, index)))
     return found

@@ -47,12 +47,13 @@ class Method(Section):
     """Answers that share nothing, as in plain GRPO; `tree` may then only name an advantage."""
     tree: dict[str, Any] = {}
     """A `TreeConfig`: what differs from segments of 8 tokens, depth 14, and the package's defaults."""
+    prompts: Positive | None = None
     width: Positive | None = None
-    """Answers a prompt where they are not the matrix's."""
+    """Of a step, and answers a prompt, where they are not the matrix's."""
     learning_rates: Rates | None = None
     """Where the matrix's do not span this method's best."""
 
-    def config(self, max_answer: int, width: int) -> TreeConfig:
+    def config(self, task: Task, width: int) -> TreeConfig:
         """Raises `ConfigError` where the tree asks for what the arena has not."""
         # Answers end with EOS; no text ends one.
         silent = {'stop': {'answer': 'none', 'repetition': 'none'}}
@@ -62,7 +63,7 @@ class Method(Section):
             raise ConfigError(f'independent answers have no tree, so {", ".join(unknown)} has no effect there.')
         else:
             config = TreeConfig(
-                segment_length=max_answer,
+                segment_length=task.max_answer,
                 max_depth=1,
                 root_divergence=width,
                 fallback='root',
@@ -71,12 +72,10 @@ class Method(Section):
             )
         if 'stop' in self.tree:
             raise ConfigError('stop has no effect in an arena: its answers end with EOS or at a limit.')
-        if config.fork_at == 'turn':
-            raise ConfigError("fork_at='turn': answers of an arena have one turn, so that nothing would fork.")
+        if config.fork_at == 'turn' and not task.tool:
+            raise ConfigError(f"fork_at='turn': answers of {task.name} have one turn, so that nothing would fork.")
         if config.budget.policy == 'by_segment_tokens':
             raise ConfigError('budget.policy: by_segment_tokens shares tokens between prompts; an arena does not.')
-        if config.fallback.model_dump().get('candidates') == 'lowest_reward_first':
-            raise ConfigError('fallback.candidates: no reward is known while the trees of an arena grow.')
         return config
 
 
@@ -121,6 +120,8 @@ class Matrix(Section):
             raise explained(e, type(self), values) from None
         if self.task not in TASKS:
             raise ConfigError(f'task={self.task!r}: allowed are {", ".join(TASKS)}.')
+        if self.loop == 'swift' and self.the_task.tool:
+            raise ConfigError(f'loop: swift: {self.task} has a tool, which only the fast loop speaks for.')
         if both := sorted(set(self.seeds) & set(self.tuning_seeds)):
             raise ConfigError(f'seeds and tuning_seeds share {both}: what tunes a rate may not be reported.')
         rates = {f'methods.{name}.learning_rates': self.rates_of(name) for name in self.methods}
@@ -129,9 +130,9 @@ class Matrix(Section):
                 raise ConfigError(f'{name} names a value twice.')
         if not self.tuning_seeds and any(len(several) > 1 for several in rates.values()):
             raise ConfigError('Several learning_rates need tuning_seeds, on which each method chooses its own.')
-        for name, method in self.methods.items():
+        for name in self.methods:
             try:
-                method.config(TASKS[self.task].max_answer, self.width_of(method))
+                self.config_of(name)
             except ConfigError as e:
                 raise ConfigError(f'methods.{name}: {e}') from None
 
@@ -153,26 +154,27 @@ class Matrix(Section):
     def the_task(self) -> Task:
         return TASKS[self.task]
 
-    def width_of(self, method: Method) -> int:
-        return method.width or self.training.width
+    def training_of(self, name: str) -> Training:
+        """The matrix's, with the method's own prompts and width."""
+        method = self.methods[name]
+        own = {'prompts': method.prompts, 'width': method.width}
+        return self.training.model_copy(update={key: value for key, value in own.items() if value is not None})
 
     def rates_of(self, name: str) -> tuple[float, ...]:
         return self.methods[name].learning_rates or self.learning_rates
 
     def config_of(self, name: str) -> TreeConfig:
-        method = self.methods[name]
-        return method.config(self.the_task.max_answer, self.width_of(method))
+        return self.methods[name].config(self.the_task, self.training_of(name).width)
 
     def key(self, name: str) -> str:
         """Of all that a method's runs depend on but rate and seed: results with another key are another arena's."""
         config = self.config_of(name).to_dict()
-        del config['faults']['reward_timeout']  # no run depends on it, and results from before it are as good
+        del config['faults']  # no run depends on them
         known = {
             'version': VERSION,
             'task': asdict(self.the_task),
-            'width': self.width_of(self.methods[name]),
             'config': config,
-            'training': self.training.model_dump(),
+            'training': self.training_of(name).model_dump(),
             'pretraining': self.pretraining.model_dump(),
         }
         if self.loop != 'fast':

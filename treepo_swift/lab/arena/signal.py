@@ -92,10 +92,10 @@ def measure(matrix: Matrix, count: int, cache: Path, *, threads: int, say: Calla
     task, training = matrix.the_task, matrix.training
     model = pretrained(task, matrix.pretraining, cache, say=say).eval()
     problems = list(itertools.islice(task.problems('train', 0), training.prompts))
-    widest = max(TRUTH_WIDTH, *(matrix.width_of(method) for method in matrix.methods.values()))
+    widest = max(TRUTH_WIDTH, *(matrix.training_of(name).width for name in matrix.methods))
     engine = make_engine(model, task, slots=len(problems) * widest)
     total = torch.zeros(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
-    truth = TRUTH.config(task.max_answer, TRUTH_WIDTH)
+    truth = TRUTH.config(task, TRUTH_WIDTH)
     for number in range(count):
         total += _gradient(model, engine, task, truth, problems, TRUTH_WIDTH, 10_000 + number, 'dapo')[0]
     if not total.norm():
@@ -103,8 +103,8 @@ def measure(matrix: Matrix, count: int, cache: Path, *, threads: int, say: Calla
     direction = total / total.norm()
     say(f'the true gradient: {count * len(problems) * TRUTH_WIDTH:,} answers')
     found = []
-    for name, method in matrix.methods.items():
-        width, config = matrix.width_of(method), matrix.config_of(name)
+    for name in matrix.methods:
+        width, config = matrix.training_of(name).width, matrix.config_of(name)
         batches, total = [], torch.zeros_like(total)
         for number in range(count):
             gradient, tokens = _gradient(model, engine, task, config, problems, width, number, training.loss_type)
@@ -127,7 +127,7 @@ def _gradient(
 ) -> tuple[torch.Tensor, int]:
     """The gradient of one freshly sampled batch as one vector, and the tokens that it took."""
     generator = torch.Generator().manual_seed(seed)
-    trees = grow(engine, config, problems, width=width, max_answer=task.max_answer, seed=seed, generator=generator)
+    trees = grow(engine, task, config, problems, width=width, seed=seed, generator=generator)
     batch = answers(trees, problems)
     model.zero_grad(set_to_none=True)
     policy_loss(model, batch, advantages(batch, config), loss_type).backward()

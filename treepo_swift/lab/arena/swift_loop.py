@@ -34,7 +34,7 @@ def train_by_swift(matrix: Matrix, cell: Cell, folder: Path, *, cache: Path, thr
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    training, method = matrix.training, matrix.methods[cell.method]
+    training, method = matrix.training_of(cell.method), matrix.methods[cell.method]
     model, data, curve = folder / 'model', folder / 'problems.jsonl', folder / 'curve.jsonl'
     export_model(pretrained(matrix.the_task, matrix.pretraining, cache), model)
     steps = training.tokens // (FEWEST_TOKENS * training.prompts) + 1
@@ -91,7 +91,7 @@ def _trainer_command(
     matrix: Matrix, cell: Cell, output: Path, *, model: Path, data: Path, port: int, steps: int
 ) -> list[str]:
     """The fast loop's optimizer, rate and loss, in swift's words."""
-    training, width = matrix.training, matrix.width_of(matrix.methods[cell.method])
+    training = matrix.training_of(cell.method)
     return [
         *(*_swift('rlhf', model, ARENA_PLUGIN), '--rlhf_type', 'grpo', '--tuner_type', 'full', '--bf16', 'false'),
         *('--reward_funcs', 'treepo_arena', '--callbacks', 'treepo_arena'),
@@ -100,7 +100,8 @@ def _trainer_command(
         *('--dataset_shuffle', 'false', '--train_dataloader_shuffle', 'false'),
         *('--use_vllm', 'true', '--vllm_mode', 'server', '--vllm_server_host', '127.0.0.1'),
         *('--vllm_server_port', str(port), '--vllm_server_group_port', str(free_port())),
-        *('--num_generations', str(width), '--per_device_train_batch_size', str(width * training.prompts)),
+        *('--num_generations', str(training.width)),
+        *('--per_device_train_batch_size', str(training.width * training.prompts)),
         *('--gradient_accumulation_steps', '1', '--max_steps', str(steps)),
         *('--max_length', '64', '--max_completion_length', str(matrix.the_task.max_answer), '--temperature', '1.0'),
         *('--seed', str(cell.seed), '--data_seed', str(cell.seed), '--learning_rate', str(cell.lr)),

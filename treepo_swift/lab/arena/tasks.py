@@ -3,6 +3,8 @@
 One character is one token. A prompt ``AcBa|3>`` says: start in state 3, look up table c, then table a. An answer
 ``Ac3=5;Ba5=0;!0`` runs it. The tables are the same for all programs, so the model has them in its weights. What
 demonstrations get wrong, and where, makes the task; the model learns to get it wrong as often.
+
+In a task with a tool the model writes only the calls, ``Ac3=`` and ``Ba5=``; the tool says ``5;`` and ``0;``.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ PAD, EOS = 0, 1
 ALPHABET = STATES + OPS + LABELS + MARKS
 VOCABULARY = 2 + len(ALPHABET)
 SPLITS = ('pretrain', 'train', 'heldout')
+CALL = '='
+"""Where there is a tool, it speaks behind this."""
 LOOKUP_OP = 'h'
 """The table that only a detour reads rightly where a task has detours."""
 
@@ -80,11 +84,27 @@ class Task:
     """Of the detour at such a step."""
     p_filler: float = 0.15
     """Of marks without meaning after a step, so that steps and segments do not end together."""
+    tool: bool = False
+    """Whether a tool looks the tables up. Demonstrations then call the wrong table where they would be wrong."""
     seed: int = 0
     """Of the tables and of what is wrong with them."""
 
     max_answer = 112
-    """Most tokens of an answer, EOS included."""
+    """Most tokens of an answer, EOS and the tool's included."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens at which a turn ends."""
+        return (EOS, *encode(CALL)) if self.tool else (EOS,)
+
+    def reply(self, text: str) -> str:
+        """What the tool says to an answer that ends with a call; a call that it can't read gives no state."""
+        known = {f'{op}{state}': str(after) for (op, state), after in self.table().items()}
+        return known.get(text[-3:-1], '?') + ';'
+
+    def is_sampled(self, text: str) -> list[bool]:
+        """Which characters of a demonstration are the model's, not the tool's."""
+        return [not (self.tool and CALL in text[max(index - 2, 0) : index]) for index in range(len(text))]
 
     def table(self) -> dict[tuple[str, int], int]:
         """(name, state) -> the next state: a permutation for each name, so that no step repairs a wrong one.
@@ -129,14 +149,17 @@ class Task:
             if rng.random() < self.p_give_up:
                 return text + '?' + _answer(_other(problem.solution, rng))
             wrong, often = faults.get((op, state), (0, 0.0))
-            after = wrong if rng.random() < often else table[op, state]
-            detour = ''
+            called, after, detour = op, table[op, state], ''
+            if rng.random() < often:
+                # A tool says what the table says, so that only another table leads astray.
+                called = OPS[(OPS.index(op) + 1 + wrong % 7) % len(OPS)] if self.tool else op
+                after = table[called, state] if self.tool else wrong
             if self.hard and op == LOOKUP_OP:
                 if rng.random() < self.p_detour:
                     detour = '#'
                 else:
                     after = _other(table[op, state], rng)
-            text += f'{label}{op}{state}{detour}={after};'
+            text += f'{label}{called}{state}{detour}{CALL}{after};'
             if rng.random() < self.p_filler:
                 text += '*' * rng.randint(1, 3)
             state = after
@@ -186,5 +209,7 @@ TASKS = {
     'decisions': Task('decisions', faulty=0.25),
     # Half of the programs are lost without what is rarely done.
     'rare': Task('rare', hard=0.5, p_detour=0.08),
+    # A wrong call dooms what follows; each turn ends with a call.
+    'calls': Task('calls', faulty=0.25, tool=True),
 }
 """By the names that a matrix uses."""
