@@ -27,7 +27,7 @@ from treepo_swift.core.tree import StopReason
 from treepo_swift.wire.report import TreeReport
 
 TRAJECTORY_LEVEL = ['treepo', 'grpo', 'rloo', 'reinforce_plus_plus', 'tree_grpo']
-SEGMENT_LEVEL = ['progress', 'spo', 'spo_tree', 'treerl', 'at2po', 'depth_wise', 'rtmc']
+SEGMENT_LEVEL = ['progress', 'spo', 'spo_tree', 'treerl', 'at2po', 'depth_wise', 'rtmc', 'fr3e']
 ESTIMATORS = TRAJECTORY_LEVEL + SEGMENT_LEVEL
 NORMALISATIONS = ['whiten', 'group', 'none']
 
@@ -110,6 +110,8 @@ def test_golden_values_of_trajectories(estimator, expected):
         ),
         # The tree's 1/2 with the weight of two: (3 / 3 + 1) / 5 at a, (2 / 2 + 1) / 4 at c, (1 + 1) / 3 at b.
         ('rtmc', [[-1 / 6, 0.1, 0.5], [-1 / 6, 0.1, -0.5], [-1 / 6, -0.4], [0.5, 1 / 3]]),
+        # Last forks: c of f and g, a of d alone, u of b-e alone. V(c) is 1/2, and no group with contrast is above it.
+        ('fr3e', [[0, 0, 0.5 / math.exp(0.5)], [0, 0, -0.5 / math.exp(0.5)], [0, 0], [0, 0]]),
         # Depth 1: 1/3 and 1. Depth 2: 1/2, 0 and 1, of mean 1/2 and std 1/2. Depth 3: 1 and 0.
         (
             'depth_wise',
@@ -145,6 +147,35 @@ def test_depths_are_those_of_one_tree_and_a_node_alone_at_its_depth_gets_zero():
     paths = [['u', 1, 2], ['u', 3], ['v', 1], ['v', 3]]
     values = estimate_segments(paths, [1.0, 0.0, 0.0, 2.0], estimator='depth_wise')
     assert flat(values) == pytest.approx([Z, 0, -Z, -Z, Z], abs=1e-7)
+
+
+def test_fr3e_compares_continuations_of_one_place_and_divides_by_what_the_place_is_better_than_the_last():
+    # One answer (a, b, c) of three from the prompt, continued three times behind a and twice behind b.
+    paths = [['u', 'a', 'b', 'c'], ['u', 'w'], ['u', 'x', 'y']]
+    paths += [['u', 'a', n] for n in 'pqr'] + [['u', 'a', 'b', n] for n in 'st']
+    rewards = [1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0]
+    first, behind_a, behind_b = math.exp(1 - 1 / 2), math.exp(1 / 3 - 1 / 2), math.exp(2 / 3 - 1 / 3)
+    expected = [
+        *([0, 0, 1 / 3 / behind_b], [0.5 / first], [-0.5 / first, -0.5 / first]),
+        *([0, 2 / 3 / behind_a], [0, -1 / 3 / behind_a], [0, -1 / 3 / behind_a]),
+        *([0, 0, 1 / 3 / behind_b], [0, 0, -2 / 3 / behind_b]),
+    ]
+    for mine, theirs in zip(estimate_segments(paths, rewards, estimator='fr3e'), expected, strict=True):
+        assert mine == pytest.approx(theirs)
+    # Where all behind a are right nothing is learned there, and b is compared with the prompt.
+    rewards[3:6] = [1.0, 1.0, 1.0]
+    found = estimate_segments(paths, rewards, estimator='fr3e')
+    assert found[3:6] == [[0, 0]] * 3
+    assert found[6][-1] == pytest.approx(1 / 3 / math.exp(2 / 3 - 1 / 2))
+
+
+def test_fr3e_counts_a_reward_at_the_mean_as_not_above_it():
+    paths = [['u', i] for i in range(3)]
+    found = estimate_segments(paths, [0.1, 0.2, 0.3], estimator='fr3e')
+    assert flat(found) == pytest.approx([-0.1 / math.exp(2 / 3), 0, 0.1 / math.exp(2 / 3)], abs=1e-12)
+    rewards = np.asarray([0.0, 0.1, 0.2, 0.7, 0.0], dtype=np.float32).tolist()  # of which 0.2 is a little above
+    found = estimate_segments([['u', i] for i in range(5)], rewards, estimator='fr3e')
+    assert flat(found)[2:4] == pytest.approx([0, 0.5 / math.exp(4 / 5)])
 
 
 @pytest.mark.parametrize('estimator', ['spo_tree', 'at2po'])
@@ -206,7 +237,7 @@ def test_an_empty_batch(estimator):
 
 
 def test_levels():
-    assert [is_segment_level(name) for name in ESTIMATORS] == [False] * 5 + [True] * 7
+    assert [is_segment_level(name) for name in ESTIMATORS] == [False] * 5 + [True] * 8
     for name in ESTIMATORS:
         check_estimator(name)
     assert estimate_segments(PATHS, REWARDS, estimator='rloo')[0] == pytest.approx([2 / 3] * 3)

@@ -7,6 +7,7 @@ trajectory (`estimate`), segment-level ones one per node after the root (`estima
 
 from .at2po import at2po
 from .depth_wise import depth_wise
+from .fr3e import fr3e
 from .grpo import grpo
 from .normalisation import normalise
 from .progress import progress
@@ -40,6 +41,7 @@ __all__ = [
     'depth_wise',
     'estimate',
     'estimate_segments',
+    'fr3e',
     'grpo',
     'is_segment_level',
     'normalise',

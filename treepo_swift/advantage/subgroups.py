@@ -25,6 +25,8 @@ class Subgroups:
     """Reward minus the lowest reward of the tree."""
     root_L: np.ndarray
     """Node number of the trajectory's tree."""
+    leaf_L: np.ndarray
+    """Node number of the trajectory's end."""
     trajectory_S: np.ndarray
     """Trajectory of each step."""
     node_S: np.ndarray
@@ -45,6 +47,7 @@ class Subgroups:
         self.trajectory_S = np.repeat(np.arange(len(paths)), length_L)
         self._number(paths, length_L)
         self.root_L = self.node_S[self._start_L]
+        self.leaf_L = self.node_S[self._end_L - 1]
         self.root_N = np.empty_like(self.parent_N)
         self.root_N[self.node_S] = self.root_L[self.trajectory_S]
 
@@ -89,13 +92,21 @@ class Subgroups:
         depth_N[self.node_S] = np.arange(len(self.node_S)) - self._start_L[self.trajectory_S]
         return depth_N
 
+    def nearest_N(self, marked_N: np.ndarray) -> np.ndarray:
+        """The nearest of the marked nodes at or above each node; the tree's root where there is none."""
+        nearest_N = np.where(marked_N, np.arange(len(self.parent_N)), self.root_N)
+        depth_N = self.depth_N()
+        for depth in range(1, depth_N.max(initial=0) + 1):
+            here = np.flatnonzero((depth_N == depth) & ~marked_N)
+            nearest_N[here] = nearest_N[self.parent_N[here]]
+        return nearest_N
+
     def child_mean_N(self) -> np.ndarray:
         """Mean over a node's children of the same, up to the lowest reward of the tree; at the end of a trajectory its
         gain. A trajectory that ends where others go on is one of the children."""
         total = len(self.parent_N)
-        last_L = self.node_S[self._end_L - 1]
-        sum_N = np.bincount(last_L, weights=self.gain_L, minlength=total)
-        count_N = np.bincount(last_L, minlength=total)
+        sum_N = np.bincount(self.leaf_L, weights=self.gain_L, minlength=total)
+        count_N = np.bincount(self.leaf_L, minlength=total)
         value_N, depth_N = np.zeros(total), self.depth_N()
         for depth in range(depth_N.max(initial=0), -1, -1):
             here = np.flatnonzero(depth_N == depth)

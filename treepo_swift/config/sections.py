@@ -367,7 +367,7 @@ class TreepoAdvantage(_Advantage):
 
 class OtherAdvantage(_Advantage):
     """Another estimator of the package (`grpo`, `rloo`, `reinforce_plus_plus`, `tree_grpo`, `progress`, `spo`,
-    `spo_tree`, `treerl`, `at2po`, `rtmc`, `depth_wise`), or one that you registered (`register_advantage`)."""
+    `spo_tree`, `treerl`, `at2po`, `rtmc`, `fr3e`, `depth_wise`), or one that you registered (`register_advantage`)."""
 
     estimator: Name = own_name('estimator', 'treepo')
     options: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from treepo_swift.wire.record import TreeRecord
 
 ESTIMATORS = (
     *('treepo', 'grpo', 'rloo', 'reinforce_plus_plus', 'progress', 'spo', 'treerl'),
-    *('tree_grpo', 'depth_wise', 'spo_tree', 'at2po', 'rtmc'),
+    *('tree_grpo', 'depth_wise', 'spo_tree', 'at2po', 'rtmc', 'fr3e'),
 )
 """The package's own. Those that a user registered may want options, or a whole batch; what they said is `TRAINED`."""
 TRAINED = 'as trained'
