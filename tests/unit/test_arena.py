@@ -226,7 +226,7 @@ def test_a_file_that_is_no_matrix_is_refused_with_its_name(tmp_path, text):
 @pytest.mark.parametrize('path', EXAMPLES, ids=lambda path: path.parent.name)
 def test_the_examples_are_matrices_of_their_task_with_plain_grpo_first(path):
     found = Matrix.read(path)
-    assert found.task == path.parent.name.removesuffix('-swift') and len(found.seeds) >= 5
+    assert found.task == path.parent.name.partition('-')[0] and len(found.seeds) >= 5
     first = next(iter(found.methods.values()))
     assert first.independent and first.tree['advantage'] == {'estimator': 'grpo', 'normalisation': 'none'}
 
