@@ -70,7 +70,7 @@ def grow(
     """A tree of `width` answers for each problem, all trees a segment at a time.
 
     The engine needs ``len(problems) * width`` slots. Stops are EOS and the limits; where the task has a tool, a call
-    ends the turn.
+    ends the turn. A path's reward is known as soon as it has ended.
     """
     trees = []
     for number, problem in enumerate(problems):
