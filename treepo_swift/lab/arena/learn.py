@@ -109,7 +109,7 @@ def policy_loss(
     advantage_BT = torch.zeros_like(mask_BT)
     for row, found in enumerate(advantage):
         each = [value for value, count in zip(found.values, found.tokens, strict=True) for _ in range(count)]
-        advantage_BT[row, mask_BT[row].bool()] = torch.tensor(each) if each else 0.0
+        advantage_BT[row, mask_BT[row].bool()] = torch.tensor(each)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     logprob_BT = -torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction='none')
     ratio_BT = (logprob_BT - logprob_BT.detach()).exp()

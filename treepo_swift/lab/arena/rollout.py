@@ -120,16 +120,18 @@ def _round(
         tree.rows[slot] = prefix + said.token_ids
         stop = StopReason.EOS if said.ended else None
         path = tree.search.extend(request.path_id, Segment(said.token_ids, said.logprobs, stop, said.entropies))
-        text = decode(tree.rows[slot])
-        path.reward = reward(tree.problem, text, ended=said.ended)
-        reply = encode(task.reply(text)) if task.tool and text.endswith(CALL) else []
+        called = task.tool and decode(said.token_ids[-1:]) == CALL
+        reply = encode(task.reply(decode(tree.rows[slot]))) if called else []
         if reply and tree.search.has_room(path.leaf.length + len(reply)):
             spoken.append((slot, len(tree.search.tree.prompt_ids) + path.leaf.length, [said.token_ids[-1], *reply]))
             tree.rows[slot] += reply
             new = tree.search.begin_turn(request.path_id, NextTurn(path.leaf.length, reply))
         else:
+            ended = tree.search.stop_of(request.path_id, None)
+            if ended is not None:
+                path.reward = reward(tree.problem, decode(tree.rows[slot]), ended=ended is StopReason.EOS)
             new = tree.search.settle(request.path_id)
-        following += [(tree, request) for request in new]
+        following += [(tree, asked_next) for asked_next in new]
     if spoken:
         engine.read(*zip(*spoken, strict=True))
     return following
@@ -142,6 +144,6 @@ def answers(trees: Sequence[Tree], problems: Sequence[Problem]) -> list[Answer]:
         for index, path in enumerate(tree.trajectories):
             ids = response_ids(path.leaf)
             sampled = [node.sampled for node in path.leaf.lineage() for _ in node.token_ids]
-            value = reward(problem, decode(ids), ended=path.stop is StopReason.EOS)
-            found.append(Answer(problem, ids, sampled, value, TreeReport.of(tree, index)))
+            # A budget or a placeholder ends a path that nobody has judged: it has no answer.
+            found.append(Answer(problem, ids, sampled, path.reward or 0.0, TreeReport.of(tree, index)))
     return found

@@ -48,8 +48,9 @@ class Method(Section):
     tree: dict[str, Any] = {}
     """A `TreeConfig`: what differs from segments of 8 tokens, depth 14, and the package's defaults."""
     prompts: Positive | None = None
+    """Of a step, where they are not the matrix's."""
     width: Positive | None = None
-    """Of a step, and answers a prompt, where they are not the matrix's."""
+    """Answers a prompt where they are not the matrix's."""
     learning_rates: Rates | None = None
     """Where the matrix's do not span this method's best."""
 

@@ -151,9 +151,10 @@ class Task:
             wrong, often = faults.get((op, state), (0, 0.0))
             called, after, detour = op, table[op, state], ''
             if rng.random() < often:
-                # A tool says what the table says, so that only another table leads astray.
-                called = OPS[(OPS.index(op) + 1 + wrong % 7) % len(OPS)] if self.tool else op
-                after = table[called, state] if self.tool else wrong
+                after = wrong
+                if self.tool:  # it says what the table says, so that only another table leads astray
+                    called = OPS[(OPS.index(op) + 1 + wrong % 7) % len(OPS)]
+                    after = table[called, state]
             if self.hard and op == LOOKUP_OP:
                 if rng.random() < self.p_detour:
                     detour = '#'
